@@ -1,0 +1,1 @@
+"""Ranks, groups and devices: everything mtrl knows about parallelism, and nothing about models."""
