@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mtrl.parallel import host, megatron_mends
 from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LayoutError
-from mtrl.parallel.layout import AxisName, RankCoordinates, RankLayout
+from mtrl.parallel.layout import AxisName, RankCoordinates, RankLayout, check_world_size
 
 host.install()
 megatron_mends.install()
@@ -128,11 +128,7 @@ def create(
     """
     if not dist.is_initialized():
         raise LayoutError("torch.distributed is not started; call init_distributed() before create()")
-    if dist.get_world_size() != layout.world_size:
-        raise LayoutError(
-            f"{layout.spec} needs {layout.world_size} processes but {dist.get_world_size()} are running; "
-            f"start it with torchrun --nproc-per-node {layout.world_size} (or that many over all nodes)"
-        )
+    check_world_size(layout.spec, dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         raise LayoutError("Megatron's process groups exist already; call destroy() before create()")
     attn, ffn = layout.spec.attn, layout.spec.ffn
