@@ -1,0 +1,1 @@
+"""Implementations of the transformer's parts, each with the places of its parameters by role."""

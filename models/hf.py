@@ -1,0 +1,173 @@
+"""Read and write Hugging Face folders through the weight map: sharded, streaming, exact.
+
+A rank reads only its own boxes of each safetensors file. Random weights for a model from scratch
+come through the same door, so they are the same for every layout.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import safe_open
+
+from mtrl.models.boxes import Box
+from mtrl.models.builder import Model
+from mtrl.models.pieces import check_coverage, fill_padding, write_stored
+from mtrl.parallel.errors import ModelError, WeightError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class TensorSource(Protocol):
+    """Where weights come from: names with shapes, and any box of any of them."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor there is."""
+        ...
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The elements of ``box``, on the CPU, in the source's dtype."""
+        ...
+
+
+class SafetensorsSource:
+    """The weights of a Hugging Face folder, read slice by slice. A context manager.
+
+    Raises:
+        ModelError: the folder has no safetensors, or its index names a file that is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._where: dict[str, str] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for file in self._file_names():
+            if not (self.folder / file).is_file():
+                raise ModelError(f"{self.folder}: {INDEX_NAME} names {file}, which is missing")
+            handle = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            self._files[file] = handle
+            self._where.update(dict.fromkeys(handle.keys(), file))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _file_names(self) -> list[str]:
+        index = self.folder / INDEX_NAME
+        if index.is_file():
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if (self.folder / SINGLE_NAME).is_file():
+            return [SINGLE_NAME]
+        raise ModelError(f"{self.folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor in the folder."""
+        return {
+            name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._where.items()
+        }
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The elements of ``box`` of tensor ``name``."""
+        tensor: torch.Tensor = self._files[self._where[name]].get_slice(name)[box.slices]
+        return tensor
+
+
+class RandomSource:
+    """Weights for training from scratch: norms are 1, all else normal with mean 0.
+
+    Each tensor has a generator of its own, seeded by (seed, name): the model does not depend on the
+    layout, nor a tensor on the order of reading. ``std`` defaults to the config's
+    ``initializer_range``, as transformers does.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, std: float) -> None:
+        self._shapes, self.seed, self.std = shapes, seed, std
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the model."""
+        return dict(self._shapes)
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The elements of ``box`` of tensor ``name``, float32."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(box.shape)
+        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn(shape, generator=generator)[box.slices] * self.std
+
+
+def load_weights(model: Model, source: TensorSource) -> None:
+    """Fill this rank's parameters from ``source``. Not collective: each rank reads its own boxes.
+
+    Raises:
+        WeightError: the source lacks a tensor, has one that no row of the table reads, or a shape
+            differs; the message lists the names. Nothing is written in that case.
+    """
+    check_names(model, source)
+    weights = model.weight_map.of_rank(model.groups.rank)
+    tensors = model.parameters()
+    check_coverage(tensors, weights)
+    fill_padding(tensors, weights)
+    for piece in weights.pieces:
+        for simple in piece.simple():
+            write_stored(tensors, simple, source.read(simple.hf.name, simple.stored))
+
+
+def check_names(model: Model, source: TensorSource) -> None:
+    """Check that the source's tensors and the weight table's are the same, by name and shape."""
+    expected, found = model.weight_map.hf_shapes(), source.shapes()
+    if model.config.tie_embeddings:
+        found.pop("lm_head.weight", None)  # some tied checkpoints carry a copy of the embedding
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"unknown: {name} {shape}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"shape of {name}: {found[name]}, config.json implies {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise WeightError(
+            f"weights do not match the {model.config.family} weight table ({len(problems)} problems):\n"
+            f"  {shown}{more}"
+        )
+
+
+def load_hf(model: Model, folder: Path) -> None:
+    """Fill this rank's parameters from a Hugging Face folder. Not collective."""
+    with SafetensorsSource(folder) as source:
+        load_weights(model, source)
+
+
+def initialize(model: Model, seed: int) -> None:
+    """Fill this rank's parameters with random weights that do not depend on the layout."""
+    std = float(model.config.hf_config.get("initializer_range", 0.02))
+    load_weights(model, RandomSource(model.weight_map.hf_shapes(), seed, std))
+
+
+def shard_names(shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
+    """Group tensor names, in order, into files of at most ``shard_bytes`` (or one tensor)."""
+    group: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = torch.Size(shape).numel() * itemsize
+        if group and size + num_bytes > shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += num_bytes
+    if group:
+        yield group
