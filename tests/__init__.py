@@ -1,0 +1,1 @@
+"""Tests of mtrl; conftest.py says what they share."""
