@@ -13,15 +13,19 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mtrl.models.boxes import Box
 from mtrl.models.builder import Model
+from mtrl.models.gather import TensorGather
 from mtrl.models.pieces import check_coverage, fill_padding, write_stored
 from mtrl.parallel.errors import ModelError, WeightError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+DEFAULT_SHARD_BYTES = 4 * 2**30
 
 
 class TensorSource(Protocol):
@@ -156,6 +160,53 @@ def initialize(model: Model, seed: int) -> None:
     """Fill this rank's parameters with random weights that do not depend on the layout."""
     std = float(model.config.hf_config.get("initializer_range", 0.02))
     load_weights(model, RandomSource(model.weight_map.hf_shapes(), seed, std))
+
+
+def export_hf(
+    model: Model, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> None:
+    """Write the model as a Hugging Face folder: safetensors shards, index and ``config.json``.
+
+    Collective over WORLD. Every tensor is written once; ranks write different shards, and no rank
+    holds more than its parameters and one shard. ``dtype`` defaults to the parameters' own. The
+    tokenizer's files are the caller's to copy.
+    """
+    rank, world_size = model.groups.rank, model.groups.layout.world_size
+    dtype = dtype or next(iter(model.parameters().values())).dtype
+    shapes = model.weight_map.hf_shapes()
+    shards = list(shard_names(shapes, dtype.itemsize, shard_bytes))
+    files = [
+        SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(shards), world_size):
+        wave = shards[start : start + world_size]
+        wanted = [*wave, *([] for _ in range(world_size - len(wave)))]
+        tensors = {name: tensor.cpu() for name, tensor in TensorGather(model, wanted).run(dtype)}
+        if tensors:
+            save_file(tensors, folder / files[start + rank], metadata={"format": "pt"})
+    if rank == 0:
+        _write_index(folder, files, shards, shapes, dtype)
+        config = {**model.config.hf_config, "dtype": str(dtype).removeprefix("torch.")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write_index(
+    folder: Path,
+    files: list[str],
+    shards: list[list[str]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> None:
+    if len(files) == 1:
+        return
+    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def shard_names(shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> Iterator[list[str]]:

@@ -1,0 +1,153 @@
+"""Move boxes of weights between ranks: whole Hugging Face tensors out of everyone's pieces.
+
+The plan is ``transfers.py``'s; here it is cut into rounds of bounded size and carried out with one
+``all_to_all_single`` a round over WORLD.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from mtrl.models.boxes import Box, Piece
+from mtrl.models.builder import Model
+from mtrl.models.pieces import read_stored
+from mtrl.models.transfers import Boxes, Transfer, plan_transfers
+from mtrl.models.weight_map import WeightMap, owned_boxes
+
+DEFAULT_BUCKET_BYTES = 256 * 2**20
+
+Reader = Callable[[Transfer], torch.Tensor]
+
+
+@dataclass(slots=True, kw_only=True)
+class TransportCount:
+    """Bytes that actually arrived from other ranks, added up by the transport itself."""
+
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Round:
+    """Names that travel together, with this rank's sends and receives in the order on the wire."""
+
+    names: tuple[str, ...]
+    sends: tuple[tuple[Transfer, ...], ...]
+    receives: tuple[tuple[Transfer, ...], ...]
+
+
+def _num_elements(transfers: Sequence[Transfer]) -> int:
+    return sum(transfer.box.num_elements for transfer in transfers)
+
+
+@dataclass(slots=True)
+class TensorGather:
+    """Delivers whole Hugging Face tensors to the ranks that want them.
+
+    ``wanted[r]`` are the names rank r wants. Planned once, run after every update.
+    """
+
+    model: Model
+    wanted: Sequence[Sequence[str]]
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    count: TransportCount = field(default_factory=TransportCount)
+    _rounds: tuple[_Round, ...] = field(init=False, repr=False)
+    _own: Mapping[str, tuple[Piece, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        weight_map, rank = self.model.weight_map, self.model.groups.rank
+        shapes = weight_map.hf_shapes()
+        have = held_boxes(weight_map)
+        need: list[Boxes] = [{name: (Box.full(shapes[name]),) for name in names} for names in self.wanted]
+        names = [name for name in shapes if any(name in wanted for wanted in need)]
+        plan = plan_transfers(names, have, need)
+        self._rounds = tuple(_rounds(plan.transfers, names, shapes, rank, len(have), self.bucket_bytes))
+        own: dict[str, list[Piece]] = {}
+        for piece in weight_map.of_rank(rank).pieces:
+            own.setdefault(piece.hf.name, []).extend(piece.simple())
+        self._own = {name: tuple(pieces) for name, pieces in own.items()}
+
+    def run(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for the names this rank wants, cast to ``dtype`` before they travel.
+
+        Collective over WORLD: every rank must exhaust its iterator. A yielded tensor is new memory.
+        """
+        tensors = self.model.parameters()
+        shapes, rank = self.model.weight_map.hf_shapes(), self.model.groups.rank
+
+        def read(transfer: Transfer) -> torch.Tensor:
+            for piece in self._own[transfer.name]:
+                if piece.stored.intersect(transfer.box) == transfer.box:
+                    part = read_stored(tensors, piece)
+                    return part[transfer.box.relative_to(piece.stored).slices].to(dtype)
+            raise AssertionError(f"rank {rank} does not hold {transfer}")
+
+        for step in self._rounds:
+            received = self._exchange(step, read, dtype)
+            full = {
+                name: torch.empty(shapes[name], dtype=dtype, device=received.device)
+                for name in step.names
+                if name in self.wanted[rank]
+            }
+            offset = 0
+            for source, transfers in enumerate(step.receives):
+                for transfer in transfers:
+                    if source == rank:
+                        value = read(transfer)
+                    else:
+                        size = transfer.box.num_elements
+                        value = received[offset : offset + size].view(transfer.box.shape)
+                        offset += size
+                    full[transfer.name][transfer.box.slices] = value
+            yield from full.items()
+
+    def _exchange(self, step: _Round, read: Reader, dtype: torch.dtype) -> torch.Tensor:
+        rank = self.model.groups.rank
+        device = next(iter(self.model.parameters().values())).device
+        send_sizes = [0 if r == rank else _num_elements(sends) for r, sends in enumerate(step.sends)]
+        receive_sizes = [0 if r == rank else _num_elements(got) for r, got in enumerate(step.receives)]
+        parts = [read(t).flatten() for r, sends in enumerate(step.sends) if r != rank for t in sends]
+        outgoing = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
+        incoming = torch.empty(sum(receive_sizes), dtype=dtype, device=device)
+        if len(step.sends) > 1:
+            dist.all_to_all_single(incoming, outgoing, receive_sizes, send_sizes)
+        self.count.bytes_received += incoming.numel() * incoming.element_size()
+        return incoming
+
+
+def held_boxes(weight_map: WeightMap) -> list[Boxes]:
+    """Per rank of the layout, the boxes it holds of each Hugging Face tensor."""
+    return [owned_boxes(weight_map.of_rank(rank).pieces) for rank in range(weight_map.layout.world_size)]
+
+
+def _rounds(
+    transfers: Sequence[Transfer],
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    rank: int,
+    world_size: int,
+    bucket_bytes: int,
+) -> Iterator[_Round]:
+    """Cut the plan by names so that a rank's share of a round stays near ``bucket_bytes``."""
+    by_name: dict[str, list[Transfer]] = {name: [] for name in names}
+    for transfer in transfers:
+        by_name[transfer.name].append(transfer)
+    group: list[str] = []
+    size = 0
+    for name in [*names, ""]:
+        num_bytes = 4 * torch.Size(shapes[name]).numel() if name else 0
+        if group and (not name or size + num_bytes > bucket_bytes):
+            chosen = [transfer for each in group for transfer in by_name[each]]
+            yield _Round(
+                names=tuple(group),
+                sends=tuple(
+                    tuple(t for t in chosen if t.source == rank and t.target == r) for r in range(world_size)
+                ),
+                receives=tuple(
+                    tuple(t for t in chosen if t.target == rank and t.source == r) for r in range(world_size)
+                ),
+            )
+            group, size = [], 0
+        group.append(name)
+        size += num_bytes
