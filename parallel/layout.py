@@ -135,7 +135,7 @@ def check_world_size(spec: ParallelSpec | RolloutSpec, world_size: int) -> None:
 
 @lru_cache(maxsize=4096)
 def _groups(sizes: tuple[int, ...], members: tuple[bool, ...]) -> Groups:
-    """Ranks that differ only in the digits marked ``members``; ``sizes`` are the digits' bases, fastest first."""
+    """Ranks that differ only in the digits marked ``members``; ``sizes`` are the bases, fastest first."""
     strides = [math.prod(sizes[:place]) for place in range(len(sizes))]
     digits = list(zip(sizes, strides, members, strict=True))
     within = _sums((size, stride) for size, stride, member in digits if member)

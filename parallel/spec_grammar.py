@@ -2,7 +2,7 @@
 
     rollout   := ("vllm" | "sglang") [ "[" NAME "]" ] ":" ( [dtp] NUM )+
     training  := ("megatron" | "fsdp" | "archon") [ "[" NAME "]" ] ":" ( ( [dptce] NUM )+ | hybrid )
-    hybrid    := "(" "attn" ":" ( [dptc] NUM )+ "|" "ffn" ":" ( [dpte] NUM )+ ")"   parentheses both or neither
+    hybrid    := "(" "attn" ":" ( [dptc] NUM )+ "|" "ffn" ":" ( [dpte] NUM )+ ")"  parentheses both or neither
     NUM       := [1-9][0-9]*        NAME := [A-Za-z_][A-Za-z0-9_]*        blanks between tokens are ignored
 
 What the sizes mean, and which go together, is spec.py's.
