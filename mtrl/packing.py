@@ -59,7 +59,8 @@ def plan_microbatches(
         if length > max_tokens:
             raise ConfigError(
                 f"sample {index} of the batch has {length} tokens, and a microbatch holds "
-                f"at most {max_tokens}; raise the tokens per microbatch to {length} or more, or shorten prompts and completions"
+                f"at most {max_tokens}; raise the tokens per microbatch to {length} or "
+                f"more, or shorten prompts and completions"
             )
     step = num_dp * multiple_of
     num_bins = step * max(1, -(-sum(lengths) // (max_tokens * step)))

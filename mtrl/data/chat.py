@@ -99,8 +99,8 @@ def _assistant_span(
     through = _encode(render(record, messages[: turn + 1], tokenizer, for_generation=False), tokenizer)
     if through[: len(before)] != before or tokens[: len(through)] != through:
         raise record.error(
-            f"the chat template writes the turns up to messages[{turn}] differently when later turns "
-            "follow, so the assistant's tokens cannot be told apart; mark them with a {% generation %} block in the "
+            f"the chat template writes the turns up to messages[{turn}] differently when later turns follow, "
+            "so the assistant's tokens cannot be told apart; mark them with a {% generation %} block in the "
             'template, train on one exchange a record, or use {"prompt", "completion"} records'
         )
     end = len(through)
