@@ -12,7 +12,7 @@ stages, batched sends and receives between the same two ranks cross over gloo (w
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -21,25 +21,38 @@ from packaging.specifiers import SpecifierSet
 
 from mtrl.parallel import host
 
-_applied: set[str] = set()
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """``owner.attribute`` becomes ``value``."""
+
+    owner: Any
+    attribute: str
+    value: object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mend:
-    """One upstream defect: where it is reported, which Megatron-Core versions have it, what is wrong."""
+    """One upstream defect: where it is reported, which Megatron-Core versions have it, what is wrong.
+
+    ``replacements`` imports what it mends and says what to put there; it changes nothing itself.
+    """
 
     name: str
     link: str
     versions: str
     why: str
-    apply: Callable[[], None]
+    replacements: Callable[[], Sequence[Replacement]]
 
     @property
     def is_needed(self) -> bool:
         """Whether the installed Megatron-Core is one of ``versions``."""
-        return SpecifierSet(self.versions).contains(
-            importlib.metadata.version("megatron-core"), prereleases=True
-        )
+        installed = importlib.metadata.version("megatron-core")
+        return SpecifierSet(self.versions).contains(installed, prereleases=True)
+
+
+_ABSENT = object()
+_originals: dict[str, list[Replacement]] = {}
 
 
 def uses_expert_groups(config: Any) -> bool:
@@ -53,9 +66,9 @@ def uses_expert_groups(config: Any) -> bool:
     )
 
 
-def _reduce_expert_gradients_over_expert_groups() -> None:
-    moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer")
-    original = moe_layer.MoELayer.__init__
+def _expert_gradients() -> list[Replacement]:
+    moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer").MoELayer
+    original = moe_layer.__init__
 
     @wraps(original)
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,16 +77,14 @@ def _reduce_expert_gradients_over_expert_groups() -> None:
         for parameter in self.experts.parameters():
             parameter.allreduce = not uses_expert_groups(self.config)
 
-    moe_layer.MoELayer.__init__ = initialise
+    return [Replacement(owner=moe_layer, attribute="__init__", value=initialise)]
 
 
-def _count_each_expert_once_in_the_gradient_norm() -> None:
+def _expert_gradient_norm() -> list[Replacement]:
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     parallel_state = importlib.import_module("megatron.core.parallel_state")
-    is_first_copy, copy_attributes = (
-        layers.param_is_not_tensor_parallel_duplicate,
-        layers.copy_tensor_model_parallel_attributes,
-    )
+    is_first_copy = layers.param_is_not_tensor_parallel_duplicate
+    copy_attributes = layers.copy_tensor_model_parallel_attributes
 
     @wraps(is_first_copy)
     def is_first_copy_mended(param: Any, tp_group: Any = None) -> bool:
@@ -88,20 +99,31 @@ def _count_each_expert_once_in_the_gradient_norm() -> None:
         if hasattr(source_tensor, "allreduce"):
             destination_tensor.allreduce = source_tensor.allreduce
 
-    for module in _modules("tensor_parallel.layers", "tensor_parallel", "optimizer.clip_grads"):
-        _replace(module, is_first_copy, is_first_copy_mended)
-        _replace(module, copy_attributes, copy_attributes_mended)
+    modules = [
+        importlib.import_module(f"megatron.core.{name}")
+        for name in ("tensor_parallel.layers", "tensor_parallel", "optimizer.clip_grads")
+    ]
+    mended = {is_first_copy: is_first_copy_mended, copy_attributes: copy_attributes_mended}
+    return [
+        Replacement(owner=module, attribute=old.__name__, value=new)
+        for module in modules
+        for old, new in mended.items()
+        if getattr(module, old.__name__, None) is old
+    ]
 
 
-def _define_te_general_gemm() -> None:
+def _te_general_gemm() -> list[Replacement]:
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    if hasattr(moe_utils, "te_general_gemm"):
+        return []
+    return [Replacement(owner=moe_utils, attribute="te_general_gemm", value=None)]
 
 
-def _see_that_transformer_engine_is_absent() -> None:
+def _mla_without_transformer_engine() -> list[Replacement]:
     attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    attention.HAVE_TE = attention.HAVE_TE and _has_transformer_engine()
+    if _has_transformer_engine():
+        return []
+    return [Replacement(owner=attention, attribute="HAVE_TE", value=False)]
 
 
 class _NoFP8State:
@@ -112,25 +134,22 @@ class _NoFP8State:
         return False
 
 
-def _define_fp8_names_of_recompute() -> None:
+def _recompute_without_transformer_engine() -> list[Replacement]:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    for name, value in {
+    names = {
         "FP8GlobalStateManager": _NoFP8State,
-        "activation_recompute_forward": contextlib.nullcontext,
-        "fp8_autocast": contextlib.nullcontext,
-    }.items():
-        if not hasattr(random, name):
-            setattr(random, name, value)
+        "activation_recompute_forward": _null_context,
+        "fp8_autocast": _null_context,
+    }
+    return [
+        Replacement(owner=random, attribute=name, value=value)
+        for name, value in names.items()
+        if not hasattr(random, name)
+    ]
 
 
-def _modules(*names: str) -> list[Any]:
-    return [importlib.import_module(f"megatron.core.{name}") for name in names]
-
-
-def _replace(module: Any, old: object, new: object) -> None:
-    for name, value in list(vars(module).items()):
-        if value is old:
-            setattr(module, name, new)
+def _null_context(*args: object, **kwargs: object) -> contextlib.nullcontext[None]:
+    return contextlib.nullcontext()
 
 
 def _has_transformer_engine() -> bool:
@@ -150,7 +169,7 @@ MENDS: tuple[Mend, ...] = (
         link=_PULL,
         versions="<0.19",
         why="with ep 1 and etp != tp, expert gradients are reduced over attention's groups: wrong sums, no warning",
-        apply=_reduce_expert_gradients_over_expert_groups,
+        replacements=_expert_gradients,
     ),
     Mend(
         name="expert_gradient_norm",
@@ -158,28 +177,28 @@ MENDS: tuple[Mend, ...] = (
         versions="<0.19",
         why="experts not marked tensor-parallel (grouped GEMM, etp 1) are counted on attention's tp rank 0 only, "
         "so the gradient norm leaves the others out and clipping is too weak",
-        apply=_count_each_expert_once_in_the_gradient_norm,
+        replacements=_expert_gradient_norm,
     ),
     Mend(
         name="te_general_gemm",
         link=_MEASURED,
         versions="<0.19",
         why="the router's fp32 GEMM reads a name that exists only with Transformer Engine: NameError without it",
-        apply=_define_te_general_gemm,
+        replacements=_te_general_gemm,
     ),
     Mend(
         name="mla_without_transformer_engine",
         link=_MEASURED,
         versions="<0.19",
         why="without Transformer Engine its names are mocks and HAVE_TE is True: isinstance() raises TypeError",
-        apply=_see_that_transformer_engine_is_absent,
+        replacements=_mla_without_transformer_engine,
     ),
     Mend(
         name="recompute_without_transformer_engine",
         link=_MEASURED,
         versions="<0.20",
         why="recomputing a norm's output reads FP8GlobalStateManager, undefined without Transformer Engine",
-        apply=_define_fp8_names_of_recompute,
+        replacements=_recompute_without_transformer_engine,
     ),
 )
 
@@ -188,6 +207,21 @@ def install() -> None:
     """Apply every mend that the installed Megatron-Core needs. Idempotent."""
     host.install()
     for mend in MENDS:
-        if mend.is_needed and mend.name not in _applied:
-            mend.apply()
-            _applied.add(mend.name)
+        if mend.is_needed and mend.name not in _originals:
+            _originals[mend.name] = [_put(each) for each in mend.replacements()]
+
+
+def undo(name: str) -> None:
+    """Take one applied mend back; does nothing if it was not applied. For the tests that prove it is needed."""
+    for original in reversed(_originals.pop(name, [])):
+        _put(original)
+
+
+def _put(new: Replacement) -> Replacement:
+    """Make the replacement and return the one that reverses it."""
+    old = getattr(new.owner, new.attribute, _ABSENT)
+    if new.value is _ABSENT:
+        delattr(new.owner, new.attribute)
+    else:
+        setattr(new.owner, new.attribute, new.value)
+    return Replacement(owner=new.owner, attribute=new.attribute, value=old)
