@@ -1,0 +1,177 @@
+"""The policy's forward pass: log-probabilities of packed tokens, and the closures Megatron's schedules run.
+
+Legend: T tokens of a microbatch, V this rank's share of the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mtrl.models.builder import Model
+from mtrl.models.packed import PackedSegments
+from mtrl.packing import PackedMicrobatch
+from mtrl.parallel.device import current_device
+
+# After builder: it has Megatron made usable on this machine.
+from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # isort: skip
+
+Sums = dict[str, Tensor]
+"""0-d tensors of one microbatch that add up over microbatches and ranks."""
+
+
+class Loss(Protocol):
+    """What is minimised: the sum over trained tokens, which the trainer divides by their global count.
+
+    ``names`` are the sums it reports besides, known without a microbatch because only the last
+    pipeline stage sees one.
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, logprobs_T: Tensor, microbatch: "Microbatch") -> tuple[Tensor, Sums]:
+        """Return the loss summed over trained tokens, and the sums that ``names`` lists."""
+        ...
+
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Microbatch:
+    """A packed microbatch on the device, with what was computed for it before the update.
+
+    ``old_logprobs_T`` and ``ref_logprobs_T`` are float32 about ``packed.targets_T``; None when not needed.
+    """
+
+    packed: PackedMicrobatch
+    segments: PackedSegments
+    old_logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
+
+    @classmethod
+    def on_device(cls, packed: PackedMicrobatch) -> "Microbatch":
+        """Move a packed microbatch to this process's device and plan its attention."""
+        device = current_device().torch_device
+        return cls(packed=packed.to(device), segments=PackedSegments.from_lengths(_lengths(packed), device))
+
+
+def _lengths(packed: PackedMicrobatch) -> list[int]:
+    """Segment lengths, with the padding cut so that attending to it costs no more than to a sample."""
+    lengths = (packed.cu_seqlens[1:] - packed.cu_seqlens[:-1]).tolist()
+    num_samples = len(packed.sample_ids)
+    longest = max(lengths[:num_samples], default=1)
+    for padding in lengths[num_samples:]:
+        whole, rest = divmod(padding, longest)
+        lengths[num_samples:] = [longest] * whole + ([rest] if rest else [])
+    return lengths
+
+
+def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, temperature: float) -> Tensor:
+    """Natural log-probability of each target at a temperature, float32 [T]; carries a gradient.
+
+    ``logits_TV`` is this tensor parallel rank's share of the vocabulary, of which the last ``padding``
+    columns are not tokens. Collective over ``attn.tp``.
+    """
+    logits_TV = logits_TV.float()
+    if temperature != 1.0:
+        logits_TV = logits_TV / temperature
+    if padding:
+        is_padding_V = torch.arange(logits_TV.shape[-1], device=logits_TV.device) >= logits_TV.shape[-1] - padding
+        logits_TV = logits_TV.masked_fill(is_padding_V, torch.finfo(torch.float32).min)
+    # Megatron's kernel works in place, [sequence, batch, vocabulary].
+    nll = vocab_parallel_cross_entropy(logits_TV.clone().unsqueeze(1), targets_T.unsqueeze(1))
+    return -nll.squeeze(1)
+
+
+class Policy:
+    """Runs Megatron's pipeline schedule over microbatches, forward alone or with backward.
+
+    ``chunks`` are what the schedule calls: the model's, or Megatron's DDP around them.
+    """
+
+    def __init__(self, model: Model, chunks: Sequence[nn.Module], *, temperature: float = 1.0) -> None:
+        self.model, self.chunks, self.temperature = model, list(chunks), temperature
+        spec, at = model.groups.layout.spec, model.groups.coordinates
+        self.is_last_stage = at.pp == spec.attn.pp - 1
+        share = -(-model.config.vocab_size // spec.attn.tp)
+        self._padding = min(share, max(0, (at.tp + 1) * share - model.config.vocab_size))
+        self._run_schedule = get_forward_backward_func(
+            pp_size=spec.attn.pp, vp_size=len(chunks) if len(chunks) > 1 else None
+        )
+
+    def logprobs(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Log-probabilities of every target of every microbatch, float32 [T] each, without gradient.
+
+        Every rank of a pipeline gets them. Collective over the rank's model-parallel group.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            parts = self.run(microbatches, _KeepLogprobs(), forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        shape = (len(microbatches), microbatches[0].packed.tokens_T.numel())
+        result = torch.zeros(shape, device=current_device().torch_device)
+        if self.is_last_stage:
+            result = torch.stack([part["logprobs"] for part in parts])
+        pp = self.model.groups.attn.pp
+        if pp.size() > 1:
+            torch.distributed.broadcast(result, group=pp, group_src=pp.size() - 1)
+        return list(result)
+
+    def run(
+        self, microbatches: Sequence[Microbatch], loss: Loss, *, forward_only: bool
+    ) -> list[Sums]:
+        """One pass of the schedule; the sums of each microbatch on the last stage, [] elsewhere.
+
+        With backward, gradients are left in DDP's buffers, reduced and divided by the global count of
+        trained tokens. All microbatches of a step, on all ranks, are padded to the same T.
+        """
+        seq_length = microbatches[0].packed.tokens_T.numel()
+        iterators = [iter(microbatches) for _ in self.chunks]
+        result: list[Sums] = self._run_schedule(
+            forward_step_func=self._forward_step(loss),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(microbatches),
+            seq_length=seq_length,
+            micro_batch_size=1,
+            decoder_seq_length=seq_length,
+            forward_only=forward_only,
+        )
+        return result
+
+    def _forward_step(self, loss: Loss) -> Callable[..., Any]:
+        def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
+            microbatch = next(iterator)
+            packed = microbatch.packed
+            output = chunk(
+                packed.tokens_T.unsqueeze(0),
+                packed.positions_T.unsqueeze(0),
+                None,
+                packed_seq_params=microbatch.segments,
+            )
+
+            def sum_loss(logits_1TV: Tensor) -> tuple[Tensor, Tensor, Sums]:
+                logprobs_T = target_logprobs(
+                    logits_1TV.squeeze(0), packed.targets_T, padding=self._padding, temperature=self.temperature
+                )
+                loss_sum, sums = loss(logprobs_T, microbatch)
+                num_tokens = packed.loss_mask_T.sum()
+                totals = {"loss_sum": loss_sum.detach().clone(), "num_tokens": num_tokens}
+                return loss_sum, num_tokens.to(torch.int), {**sums, **totals}
+
+            return output, sum_loss
+
+        return forward_step
+
+
+class _KeepLogprobs:
+    """Not a loss: hands the log-probabilities out of the schedule."""
+
+    names = ("logprobs",)
+
+    def __call__(self, logprobs_T: Tensor, microbatch: Microbatch) -> tuple[Tensor, Sums]:
+        return logprobs_T.new_zeros(()), {"logprobs": logprobs_T}

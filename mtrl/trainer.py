@@ -1,0 +1,183 @@
+"""One optimizer step on Megatron: schedule, DDP, distributed optimizer, learning rate.
+
+``Trainer`` owns everything that changes in training. A *phase* is a stretch of steps with one learning
+rate schedule and fresh optimizer state (the SFT warm start and GRPO are two phases of one run).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtrl.config import OptimizerSection
+from mtrl.models.builder import Model
+from mtrl.parallel.device import current_device
+from mtrl.parallel.errors import NonFiniteError
+from mtrl.policy import Loss, Microbatch, Policy, Sums
+
+# After builder: it has Megatron made usable on this machine.
+from megatron.core.distributed import (  # isort: skip
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did. ``loss`` is the mean over trained tokens of the global batch.
+
+    ``sums`` are the loss function's own, added over all microbatches and ranks; ``grad_norm`` is the
+    global norm before clipping; ``lr`` is the rate this step used.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_tokens: int
+    sums: dict[str, float]
+
+
+class Trainer:
+    """Wraps a model's chunks in Megatron's DDP and steps its optimizer.
+
+    Every method is collective over WORLD: all ranks call it, each with its own microbatches and all
+    with equally many.
+    """
+
+    def __init__(self, model: Model, settings: OptimizerSection, *, temperature: float = 1.0) -> None:
+        self.model, self.settings = model, settings
+        config = model.transformer_config
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=settings.distributed,
+            overlap_grad_reduce=False,
+        )
+        self.chunks = [
+            DistributedDataParallel(
+                config=config,
+                ddp_config=ddp_config,
+                module=chunk,
+                # As in Megatron-LM: later chunks' gradients come first, one bucket each is best.
+                disable_bucketing=number > 0,
+                pg_collection=model.groups.collection,
+            )
+            for number, chunk in enumerate(model.chunks)
+        ]
+        config.finalize_model_grads_func = partial(
+            finalize_model_grads, pg_collection=model.groups.collection
+        )
+        self.policy = Policy(model, self.chunks, temperature=temperature)
+
+    def start_phase(self, *, total_steps: int, lr: float, warmup_steps: int) -> None:
+        """Begin a phase: fresh moments, masters read from the model's weights, a new schedule."""
+        settings, config = self.settings, self.model.transformer_config
+        self.optimizer: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=lr,
+                min_lr=min(settings.min_lr, lr),
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.eps,
+                clip_grad=settings.grad_clip,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=settings.distributed,
+            ),
+            self.chunks,
+            use_gloo_process_groups=False,
+            pg_collection=self.model.groups.collection,
+        )
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=lr,
+            min_lr=min(settings.min_lr, lr),
+            lr_warmup_steps=warmup_steps,
+            # Megatron divides by what the warm-up leaves of these.
+            lr_decay_steps=max(total_steps, warmup_steps + 1),
+            lr_decay_style=settings.decay,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=total_steps,
+            wd_incr_style="constant",
+        )
+        if warmup_steps > 0:
+            self.scheduler.step(1)  # the first step trains too: at 1/warmup_steps of the rate, not at 0
+
+    def step(self, microbatches: Sequence[Microbatch], loss: Loss) -> StepResult:
+        """Forward, backward, clip, update.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite; the weights are as before.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        parts = self.policy.run(microbatches, loss, forward_only=False)
+        totals = self._add_up(parts, loss.names)
+        loss_sum, num_tokens = totals.pop("loss_sum"), totals.pop("num_tokens")
+        grad_sum = totals.pop("grad_sum")
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_sum)):
+            what = "loss" if not math.isfinite(loss_sum) else "gradient"
+            raise NonFiniteError(
+                f"the {what} is not finite (loss sum {loss_sum}, gradient sum {grad_sum}); the weights were "
+                "not updated. Lower actor.optimizer.lr, or look for bad samples in this step's batch."
+            )
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        return StepResult(
+            loss=loss_sum / max(num_tokens, 1),
+            grad_norm=float(grad_norm or 0.0),
+            lr=lr,
+            num_tokens=int(num_tokens),
+            sums=totals,
+        )
+
+    def _add_up(self, parts: Sequence[Sums], names: Sequence[str]) -> dict[str, float]:
+        """Add sums over microbatches and ranks, each microbatch once, and all gradients together.
+
+        The gradients' sum is only a probe: a NaN or infinity anywhere in a buffer is one in its sum.
+        """
+        at = self.model.groups.coordinates
+        counts_here = self.policy.is_last_stage and at.tp == 0 and at.cp == 0
+        names = ["loss_sum", "num_tokens", *names]
+        values = [sum(float(part[name]) for part in parts) if counts_here else 0.0 for name in names]
+        buffers = [
+            buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
+        values.append(sum(float(buffer.grad_data.sum()) for buffer in buffers))
+        total = torch.tensor(values, dtype=torch.float64, device=current_device().torch_device)
+        dist.all_reduce(total)
+        return dict(zip([*names, "grad_sum"], total.tolist(), strict=True))
+
+    @contextmanager
+    def weights_swapped(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Run with other weights (from ``copy_weights``) in place of the policy's, then put them back."""
+        own = self.copy_weights()
+        self._write(weights)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    def copy_weights(self) -> list[Tensor]:
+        """Copies of this rank's parameters, in order, on the CPU."""
+        return [parameter.detach().cpu().clone() for parameter in self.model.parameters().values()]
+
+    def _write(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters().values(), weights, strict=True):
+                parameter.copy_(value)
