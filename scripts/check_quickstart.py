@@ -17,7 +17,7 @@ def problems(summary: dict[str, float]) -> list[str]:
     if summary["num_eval_prompts"] < MIN_EVAL_PROMPTS:
         found.append(f"evaluated on {summary['num_eval_prompts']} prompts, {MIN_EVAL_PROMPTS} are needed")
     if not AFTER_SFT[0] <= sft <= AFTER_SFT[1]:
-        found.append(f"accuracy after SFT is {sft:.1%}, not between {AFTER_SFT[0]:.0%} and {AFTER_SFT[1]:.0%}")
+        found.append(f"accuracy after SFT is {sft:.1%}, not in {AFTER_SFT[0]:.0%} to {AFTER_SFT[1]:.0%}")
     if grpo < AFTER_GRPO:
         found.append(f"accuracy after GRPO is {grpo:.1%}, below {AFTER_GRPO:.0%}")
     if summary["peak_memory_bytes"] > MAX_MEMORY_BYTES:
@@ -33,8 +33,8 @@ def main(path: str) -> int:
         print(f"quickstart: {line}")
     if not found:
         print(
-            f"quickstart: {summary['accuracy_after_sft']:.1%} after SFT, {summary['accuracy_after_grpo']:.1%} "
-            f"after GRPO, {summary['seconds_total']:.0f} s, {summary['peak_memory_bytes'] / 1e9:.1f} GB"
+            f"quickstart: {summary['accuracy_after_sft']:.1%} after SFT, "
+            f"{summary['accuracy_after_grpo']:.1%} after GRPO, {summary['seconds_total']:.0f} s, {summary['peak_memory_bytes'] / 1e9:.1f} GB"
         )
     return bool(found)
 

@@ -1,0 +1,109 @@
+"""What the house tests know about the repository: its files, their syntax trees, and the reading order."""
+
+import ast
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = {"mtrl/parallel": "../parallel", "mtrl/models": "../models", "mtrl/tools": "../tools"}
+PRODUCT = ("parallel/", "models/", "mtrl/", "tools/")
+
+# Reading order is import order: a file imports only files that stand above it. Files of one folder that is
+# listed as a whole may import each other, without cycles.
+READING_ORDER = (
+    "parallel/errors.py",
+    "parallel/spec_grammar.py",
+    "parallel/spec.py",
+    "parallel/layout.py",
+    "parallel/megatron_version.py",
+    "parallel/device.py",
+    "parallel/host.py",
+    "parallel/megatron_mends.py",
+    "parallel/groups.py",
+    "models/config.py",
+    "models/boxes.py",
+    "models/stages.py",
+    "models/roles.py",
+    "models/families/",
+    "models/weight_map.py",
+    "models/pieces.py",
+    "models/packed.py",
+    "models/megatron_config.py",
+    "models/backends/",
+    "models/builder.py",
+    "models/transfers.py",
+    "models/gather.py",
+    "models/hf.py",
+    "mtrl/batch.py",
+    "mtrl/config_types.py",
+    "mtrl/config.py",
+    "mtrl/config_load.py",
+    "mtrl/config_check.py",
+    "mtrl/packing.py",
+    "mtrl/advantages.py",
+    "mtrl/losses.py",
+    "mtrl/policy.py",
+    "mtrl/run_folder.py",
+    "mtrl/metrics.py",
+    "mtrl/progress.py",
+    "mtrl/plots.py",
+    "mtrl/trainer.py",
+    "mtrl/data/",
+    "mtrl/rewards/",
+    "mtrl/rollout/",
+    "mtrl/weight_push/",
+    "mtrl/checkpoint/",
+    "mtrl/sft.py",
+    "mtrl/rl.py",
+    "mtrl/train.py",
+    "tools/",
+)
+
+
+@cache
+def files() -> tuple[str, ...]:
+    """Every file of the repository that is not ignored, from its root; symlinks are not followed."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return tuple(sorted(path for path in set(listed) if (ROOT / path).exists()))
+
+
+def python_files(*folders: str) -> list[str]:
+    """Python files under ``folders`` (everywhere when none is named)."""
+    return [path for path in files() if path.endswith(".py") and (not folders or path.startswith(folders))]
+
+
+@cache
+def tree_of(path: str) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse((ROOT / path).read_text(), path)
+
+
+def module_of(path: str) -> str:
+    """The import name of a product file: parallel/spec.py is mtrl.parallel.spec."""
+    dotted = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return dotted if dotted.split(".")[0] == "mtrl" else f"mtrl.{dotted}"
+
+
+@cache
+def path_of() -> dict[str, str]:
+    """Import name to file, for all product files."""
+    return {module_of(path): path for path in python_files(*PRODUCT)}
+
+
+def imported_files(path: str) -> set[str]:
+    """The product files that the statements of ``path`` import, functions' own imports included.
+
+    ``from mtrl.rollout import seeds`` counts as the file of ``seeds``, not as the package's.
+    """
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in path_of() else node.module for name in submodules]
+        found |= {path_of()[name] for name in names if name in path_of()}
+    return found - {path}
