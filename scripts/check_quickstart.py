@@ -32,10 +32,9 @@ def main(path: str) -> int:
     for line in found:
         print(f"quickstart: {line}")
     if not found:
-        print(
-            f"quickstart: {summary['accuracy_after_sft']:.1%} after SFT, "
-            f"{summary['accuracy_after_grpo']:.1%} after GRPO, {summary['seconds_total']:.0f} s, {summary['peak_memory_bytes'] / 1e9:.1f} GB"
-        )
+        sft, grpo = summary["accuracy_after_sft"], summary["accuracy_after_grpo"]
+        seconds, gigabytes = summary["seconds_total"], summary["peak_memory_bytes"] / 1e9
+        print(f"quickstart: {sft:.1%} after SFT, {grpo:.1%} after GRPO, {seconds:.0f} s, {gigabytes:.1f} GB")
     return bool(found)
 
 

@@ -15,8 +15,8 @@ from tests.house import PRODUCT, ROOT
 
 pytestmark = pytest.mark.one_stack
 
-# Imports every module of the folder argv[1] and prints files that were loaded under two names. The checkout is
-# taken off the path, for an editable install puts it there.
+# Imports every module of the folder argv[1] and stops at a file that was loaded under two names. The checkout
+# is taken off the path, for an editable install puts it there.
 IMPORT_ALL = """
 import importlib, importlib.util, pkgutil, sys
 site, checkout = sys.argv[1:]

@@ -38,7 +38,7 @@ MAY_IMPORT = {("tests/unit/test_errors.py", "pickle")}
 
 
 def place(path: str) -> int:
-    """Where a product file stands in the reading order; packages' __init__ files stand with their last file."""
+    """Where a product file stands in the reading order; an __init__ file stands with its folder's last file."""
     folder = path.removesuffix("__init__.py") if path.endswith("__init__.py") else None
     matching = [
         position
@@ -65,11 +65,10 @@ def test_a_file_imports_only_files_above_it(path: str) -> None:
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     graph = {path: house.imported_files(path) for path in python_files(*PRODUCT)}
-    for path in graph:
+    for path, imported in graph.items():
         if path.endswith("/__init__.py"):  # hands on what its folder holds
-            graph[path] = {
-                other for other in graph[path] if not other.startswith(path.removesuffix("__init__.py"))
-            }
+            folder = path.removesuffix("__init__.py")
+            graph[path] = {other for other in imported if not other.startswith(folder)}
     graphlib.TopologicalSorter(graph).prepare()
 
 

@@ -15,7 +15,7 @@ def paths_in_tree(block: str) -> list[str]:
     """The paths of an annotated tree; a folder ends with a slash.
 
     A line is names, two blanks or more, and an annotation. Names stand under the folder that the indentation
-    says; lines drawn with box characters count as indented by them. A line that begins with ``#`` is a remark.
+    says; box characters count as indentation. A line that begins with ``#`` is a remark.
     """
     paths: list[str] = []
     folders: list[tuple[int, str]] = []
