@@ -7,6 +7,7 @@ between keys. Paths are relative to the folder the command was started in.
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from omegaconf import OmegaConf
@@ -71,8 +72,8 @@ class AlgorithmSection(Section):
     clip_eps_high: NonNegativeFloat = 0.2
     """The probability ratio is clipped above at 1 + this; no effect in sft."""
 
-    advantage: Literal["group_norm", "group_mean"] = "group_norm"
-    """Reward less its group's mean; ``group_norm`` also divides by its deviation; no effect in sft."""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """Reward less its group's mean; ``grpo``: over its deviation; ``rloo``: less the others' mean."""
 
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL penalty to the reference, the weights at the first rollout; 0 keeps no reference."""
@@ -233,8 +234,8 @@ class DataSection(Section):
     max_prompt_length: PositiveInt | None = None
     """Longest prompt, in tokens; null: what ``rollout.max_new_tokens`` leaves of a microbatch."""
 
-    overlong: Literal["refuse", "skip"] = "refuse"
-    """A longer prompt, or an SFT sample over a microbatch: stop before launch, or leave out and count."""
+    overlong: Literal["error", "drop"] = "error"
+    """A longer prompt, or an SFT sample over a microbatch: stop before launch, or leave it out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +312,7 @@ class Config(Section):
     """What happens to an ``output_dir`` that is not empty: stop, or rename it to NAME.replaced-TIME."""
 
     algorithm: AlgorithmSection
-    model: ModelSection
+    model: ModelSection = field(default_factory=ModelSection)
     actor: ActorSection
     rollout: RolloutSection = field(default_factory=RolloutSection)
     ref: RefSection = field(default_factory=RefSection)
@@ -320,6 +321,23 @@ class Config(Section):
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+
+    @property
+    def max_prompt_length(self) -> int:
+        """``data.max_prompt_length``, or what the longest completion leaves of a microbatch; tokens."""
+        room = self.algorithm.max_tokens_per_microbatch - self.rollout.max_new_tokens
+        return self.data.max_prompt_length or room
+
+    @property
+    def eval_max_new_tokens(self) -> int:
+        """``evaluation.max_new_tokens``, or ``rollout.max_new_tokens``; tokens."""
+        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """``model.tokenizer``, or the folder that the model comes from."""
+        source = Path(self.model.tokenizer or self.model.path or self.model.init or "")
+        return source.parent if source.suffix == ".json" else source
 
     def to_yaml(self) -> str:
         """The resolved config; ``load_config`` reads it back to an equal value."""

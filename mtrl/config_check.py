@@ -31,7 +31,7 @@ def world_size_from_env() -> int:
 def check_config(config: Config, world_size: int) -> None:
     """Raise what is wrong with ``config`` on ``world_size`` ranks.
 
-    ConfigError (keys), SpecError (strings), LayoutError (numbers of ranks), MissingPackageError.
+    ConfigError (keys), SpecError (strings), LayoutError (numbers of ranks). Packages: `check_packages`.
     """
     _check_model(config)
     actor = actor_spec(config)
@@ -43,9 +43,8 @@ def check_config(config: Config, world_size: int) -> None:
         _check_sampling_length(config)
         _check_ref(config, actor)
     else:
-        _check_sft(config, actor)
+        _check_sft(config)
     _check_world("actor.backend", actor, world_size)
-    check_packages(config)
 
 
 def actor_spec(config: Config) -> ParallelSpec:
@@ -149,26 +148,24 @@ def _check_actor(config: Config, actor: ParallelSpec) -> None:
         )
 
 
-def _check_sft(config: Config, actor: ParallelSpec) -> None:
-    samples = config.algorithm.samples_per_step
-    if samples is None:
+def _check_sft(config: Config) -> None:
+    if config.algorithm.samples_per_step is None:
         raise ConfigError("algorithm.samples_per_step: missing, sft needs it; such as 64")
-    _check_enough_samples("algorithm.samples_per_step", samples, actor)
     if config.algorithm.warm_start is not None:
         raise ConfigError("algorithm.warm_start: given with sft, where it has no place; write null")
 
 
-def _check_enough_samples(key: str, num_samples: int, actor: ParallelSpec) -> None:
-    if num_samples < actor.attn.dp:
-        raise ConfigError(
-            f"{key}: gives {num_samples} samples an update to the {actor.attn.dp} data parallel ranks of "
-            f"{actor}; needs at least {actor.attn.dp}, one for each"
-        )
-
-
 def _check_grpo(config: Config) -> None:
-    if config.algorithm.prompts_per_step is None:
+    algorithm = config.algorithm
+    if algorithm.prompts_per_step is None:
         raise ConfigError("algorithm.prompts_per_step: missing, grpo needs it; such as 64")
+    num_samples = algorithm.prompts_per_step * config.rollout.n_samples
+    if algorithm.minibatches_per_step > num_samples:
+        raise ConfigError(
+            f"algorithm.minibatches_per_step: given {algorithm.minibatches_per_step}, needs at most "
+            f"{num_samples}, the completions of a step ({algorithm.prompts_per_step} prompts of "
+            f"{config.rollout.n_samples})"
+        )
     if not config.reward.name:
         raise ConfigError("reward.name: missing, grpo needs one; such as exact_match, or module:function")
     if config.rollout.n_samples == 1:
@@ -176,7 +173,7 @@ def _check_grpo(config: Config) -> None:
             "rollout.n_samples: given 1, needs at least 2; alone in its group a completion equals the mean, "
             "so every advantage is 0"
         )
-    if (config.algorithm.warm_start is None) != (config.data.warm_start is None):
+    if (algorithm.warm_start is None) != (config.data.warm_start is None):
         has, lacks = ("algorithm", "data") if config.data.warm_start is None else ("data", "algorithm")
         raise ConfigError(
             f"{lacks}.warm_start: missing while {has}.warm_start is given; algorithm.warm_start says how "
@@ -203,14 +200,6 @@ def _check_rollout(config: Config, actor: ParallelSpec, rollout: RolloutSpec) ->
         raise LayoutError(
             f"rollout.backend: {rollout} has {rollout.world_size} ranks and actor.backend {actor} has "
             f"{actor.world_size}; colocated engines share the actor's ranks: write {_resized(rollout, actor)}"
-        )
-    algorithm = config.algorithm
-    assert algorithm.prompts_per_step is not None
-    num_samples = algorithm.prompts_per_step * config.rollout.n_samples // algorithm.minibatches_per_step
-    _check_enough_samples("algorithm.prompts_per_step", num_samples, actor)
-    if algorithm.warm_start is not None:
-        _check_enough_samples(
-            "algorithm.warm_start.samples_per_step", algorithm.warm_start.samples_per_step, actor
         )
 
 

@@ -5,7 +5,7 @@ omegaconf parses, merges and resolves ``${...}``; the tree and its types are our
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,8 +79,17 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
 
 def _refuse_missing(given: DictConfig, source: str) -> None:
     # Merging takes omegaconf's "???" for "keep what is there", so a default would hide it.
-    for key in sorted(OmegaConf.missing_keys(given)):
-        raise ConfigError(f"{source}: {key}: '???' asks for a value; give one with {key}=...")
+    for key, value in _leaves(OmegaConf.to_container(given, resolve=False), ""):
+        if value == "???":
+            raise ConfigError(f"{source}: {key}: '???' asks for a value; give one with {key}=...")
+
+
+def _leaves(value: object, key: str) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from _leaves(below, f"{key}.{name}".lstrip("."))
+    else:
+        yield key, value
 
 
 def _merge(base: DictConfig, over: DictConfig, what: str) -> DictConfig:
@@ -125,20 +134,19 @@ def _where(key: str, origins: Origins) -> str:
 
 
 def _build(section: type[AnySection], given: Mapping[str, object], origins: Origins) -> AnySection:
-    values: dict[str, object] = {}
-    for name, value in given.items():
-        key = f"{section.key}.{name}".lstrip(".")
-        hint = hints(section).get(str(name))
-        if hint is None:
-            raise ConfigError(f"{_where(key, origins)}{_unknown(section, str(name))}")
-        values[name] = _convert(key, value, hint, origins)
+    known = hints(section)
+    for name in given:
+        if name not in known:
+            where = _where(f"{section.key}.{name}".lstrip("."), origins)
+            raise ConfigError(f"{where}{_unknown(section, str(name))}")
     for spec in fields(section):  # type: ignore[arg-type]
-        required = spec.default is MISSING and spec.default_factory is MISSING
-        if required and spec.name not in values:
+        if spec.default is MISSING and spec.default_factory is MISSING and spec.name not in given:
             key = f"{section.key}.{spec.name}".lstrip(".")
-            needs = describe(hints(section)[spec.name])
-            raise ConfigError(f"{_where(key, origins)}{key}: missing, needs {needs}")
-    return section(**values)
+            raise ConfigError(f"{_where(key, origins)}{key}: missing, needs {describe(known[spec.name])}")
+    return section(**{
+        name: _convert(f"{section.key}.{name}".lstrip("."), value, known[name], origins)
+        for name, value in given.items()
+    })  # fmt: skip
 
 
 def _convert(key: str, value: object, hint: Any, origins: Origins) -> object:

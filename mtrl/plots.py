@@ -30,8 +30,9 @@ def plot_rewards(metrics_path: Path, evaluations_path: Path, plot_path: Path, *,
     if last_sft:
         _draw_sft(axes, points(steps, "loss", phase="sft"), last_sft)
     _draw_reward(axes, points(steps, "reward_mean"))
-    _draw_accuracy(axes, points(evaluations, "accuracy"))
-    axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    _draw_accuracy(axes, points(evaluations, "accuracy"), named={last_sft})
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
     figure.savefig(plot_path)
 
 
@@ -69,7 +70,7 @@ def _prepare(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.margins(x=0.01)
+    axes.margins(x=0.03)
 
 
 def _draw_sft(axes: Axes, loss: Points, last_step: float) -> None:
@@ -94,13 +95,17 @@ def _draw_reward(axes: Axes, reward: Points) -> None:
     axes.plot(steps, smoothed(values), color=_REWARD, linewidth=2.2, label="mean reward of samples")
 
 
-def _draw_accuracy(axes: Axes, accuracy: Points) -> None:
+def _draw_accuracy(axes: Axes, accuracy: Points, named: set[float]) -> None:
+    """Values are written at the first and last step and at those of ``named``."""
     steps, values = accuracy
     if not steps:
         return
     axes.plot(steps, values, color=_ACCURACY, linewidth=1.2, linestyle="--", marker="o", markersize=7,
               markeredgecolor="white", label="held-out accuracy, greedy")  # fmt: skip
-    for step, value in {steps[0]: values[0], steps[-1]: values[-1]}.items():
-        axes.annotate(f"{value:.0%}", (step, value), xytext=(0, 9), textcoords="offset points",
-                      ha="center", color=_ACCURACY, fontsize=9, fontweight="bold")  # fmt: skip
+    for step, value in zip(steps, values, strict=True):
+        if step not in named | {steps[0], steps[-1]}:
+            continue
+        side, align = (7, "left") if step == 0 else (-7, "right")  # step 0 lies at the axis itself
+        axes.annotate(f"{value:.1%}", (step, value), xytext=(side, 7), textcoords="offset points",
+                      ha=align, color=_ACCURACY, fontsize=9, fontweight="bold")  # fmt: skip
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), max(1.08, axes.get_ylim()[1]))
