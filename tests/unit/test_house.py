@@ -38,7 +38,7 @@ MAY_IMPORT = {("tests/unit/test_errors.py", "pickle")}
 
 
 def place(path: str) -> int:
-    """Where a product file stands in the reading order; an __init__ file stands with its folder's last file."""
+    """Where a product file stands in the reading order; an __init__ stands with its folder's last file."""
     folder = path.removesuffix("__init__.py") if path.endswith("__init__.py") else None
     matching = [
         position
