@@ -1,0 +1,315 @@
+"""The real vLLM inside the trainer's process: one replica's share on each rank.
+
+Under ``vllm:dNtM`` ranks ``i*M .. i*M+M-1`` are replica ``i``. Run on CPU over gloo; written for CUDA, not yet run
+there. Left out: engine pipeline parallelism, CUDA graphs, sleep mode, adapters.
+"""
+
+import gc
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtrl.batch import Completion, Prompt
+from mtrl.parallel.device import current_device
+from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
+from mtrl.parallel.spec import RolloutSpec
+from mtrl.rollout import vllm_mends, vllm_process
+from mtrl.rollout.loader_record import LoaderRecord
+from mtrl.rollout.protocol import SamplingSettings
+from mtrl.rollout.rng import preserved_rng_states
+from mtrl.rollout.seeds import completion_seed
+from mtrl.rollout.weight_loading import WeightLoader
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class VllmEngine:
+    """A `RolloutEngine`; build it with `create`, one at a time in a process."""
+
+    def __init__(self, *, llm: Any, spec: RolloutSpec, max_model_len: int, decode: Any, dtype: Dtype) -> None:
+        from vllm.distributed.parallel_state import get_tp_group
+
+        self._llm = llm
+        self._spec = spec
+        self._max_model_len = max_model_len
+        self._decode = decode
+        self._group: dist.ProcessGroup = get_tp_group().cpu_group
+        self._policy_version: int | None = None
+        self._num_requests = 0
+        self._model = llm.model_executor.driver_worker.worker.model_runner.get_model()
+        self._vocab_size: int = llm.model_config.get_vocab_size()
+        self._loader = WeightLoader(self._model, getattr(torch, dtype), self._group)
+
+    @classmethod
+    def create(
+        cls, model_dir: Path, spec: RolloutSpec, *, max_model_len: int, max_num_seqs: int, dtype: Dtype, seed: int,
+        kv_cache_bytes: int, expert_parallel: bool = False,
+    ) -> "VllmEngine":  # fmt: skip
+        """Build this rank's share of the engine, with random weights. Collective over WORLD, which must exist.
+
+        ``model_dir`` holds ``config.json`` and, if completions are to have text, a tokenizer; weights in it are
+        not read. ``max_model_len`` counts prompt and completion, in tokens; ``max_num_seqs`` are sampled together;
+        ``kv_cache_bytes`` is allocated on each rank at once. ``expert_parallel`` spreads whole experts over the
+        replica's ranks, else each expert is sliced. LayoutError if the spec does not fit the world,
+        ModelError without a config, RolloutError if vLLM refuses.
+        """
+        _check(model_dir, spec)
+        arguments: dict[str, Any] = dict(
+            model=str(model_dir), runner="generate", skip_tokenizer_init=True, load_format="dummy", dtype=dtype, seed=seed % 2**32,
+            tensor_parallel_size=spec.tp, distributed_executor_backend="external_launcher",
+            enable_expert_parallel=expert_parallel, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=kv_cache_bytes, enforce_eager=True, async_scheduling=False,
+            logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
+            trust_remote_code=False, enable_prefix_caching=True,
+        )  # fmt: skip
+        if current_device().kind == "cuda":
+            # The one expert kernel on CUDA that computes on weights in the layout they are loaded in.
+            arguments["moe_backend"] = "triton"
+        with _as_guest():
+            vllm_process.prepare_environment()
+            vllm_process.quiet_log()
+            vllm_mends.install()
+            vllm_mends.share_job_token()
+            llm = _build(arguments)
+            decode = _load_decoder(model_dir)
+            return cls(llm=llm, spec=spec, max_model_len=max_model_len, decode=decode, dtype=dtype)
+
+    @property
+    def replica_index(self) -> int:
+        """Which of the spec's dp engines this rank belongs to."""
+        return dist.get_rank() // self._spec.tp
+
+    @property
+    def num_replicas(self) -> int:
+        """How many engines there are; prompts are dealt out among them by the caller."""
+        return self._spec.dp
+
+    @property
+    def engine_rank(self) -> int:
+        """This rank's place within its engine; all of an engine's ranks return the same completions."""
+        return dist.get_rank() % self._spec.tp
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights the engine holds; RolloutError while it holds none that are whole."""
+        if self._policy_version is None:
+            raise RolloutError(
+                "the engine holds no weights: its first load_weights is missing, or the last one failed"
+            )
+        return self._policy_version
+
+    @property
+    def loader_record(self) -> LoaderRecord | None:
+        """What this rank needs of each Hugging Face tensor; None before the first `load_weights`."""
+        return self._loader.record
+
+    def load_weights(self, named: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        """See `RolloutEngine.load_weights`; tensors of any float dtype, cast to the engine's."""
+        self._policy_version = None
+        with torch.no_grad():
+            # The trainer's own code may run inside this iteration: vLLM's torch must not be in place yet.
+            self._loader.load(named)
+        with _as_guest():
+            vllm_mends.refresh_derived_weights(self._model)
+            self._reset_prefix_cache()
+        self._policy_version = policy_version
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seed: int
+    ) -> list[Completion]:
+        """See `RolloutEngine.generate`.
+
+        Log-probabilities of greedy completions are those at temperature 1. RolloutError when a prompt does not
+        fit, when ranks of the engine were asked for or got different things, or when a log-probability is not finite.
+        """
+        version = self.policy_version
+        self._check_request(prompts, sampling, seed)
+        if not prompts:
+            return []
+        with _as_guest():
+            # What an earlier call has cached would change how this one's prompts are cut up, hence its rounding.
+            self._reset_prefix_cache()
+            outputs = self._sample(prompts, sampling, seed, version)
+        completions = [
+            self._completion(output, prompt, index, version, sampling)
+            for (prompt, index), output in zip(_requests(prompts, sampling), outputs, strict=True)
+        ]
+        self._check_agreement("completions", [completion.tokens for completion in completions])
+        return completions
+
+    def shutdown(self) -> None:
+        """Free the engine's memory and groups; torch.distributed and the trainer's groups stay."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        if self._llm is None:
+            return
+        with _as_guest():
+            core = self._llm.engine_core.engine_core
+            # The core's own shutdown would destroy torch.distributed too.
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            destroy_model_parallel()
+        self._llm = self._model = self._loader = None  # type: ignore[assignment]
+        self._policy_version = None
+        gc.unfreeze()
+        gc.collect()
+
+    def _sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int, version: int
+    ) -> list[Any]:
+        first = self._num_requests
+        for prompt, index in _requests(prompts, sampling):
+            each = completion_seed(
+                seed=seed, policy_version=version, prompt_id=prompt.prompt_id, sample_index=index
+            )
+            self._llm.add_request(
+                str(self._num_requests),
+                {"type": "token", "prompt_token_ids": list(prompt.tokens)},
+                _sampling_params(sampling, each),
+            )
+            self._num_requests += 1
+        finished: dict[int, Any] = {}
+        while self._llm.has_unfinished_requests():
+            for output in self._llm.step():
+                if output.finished:
+                    finished[int(output.request_id)] = output
+        expected = range(first, self._num_requests)
+        if finished.keys() != set(expected):
+            raise RolloutError(f"{len(expected)} completions were asked for and {len(finished)} came back")
+        return [finished[request] for request in expected]
+
+    def _completion(
+        self, output: Any, prompt: Prompt, index: int, version: int, sampling: SamplingSettings
+    ) -> Completion:
+        (sampled,) = output.outputs
+        tokens, logprobs = tuple(sampled.token_ids), tuple(sampled.logprobs.logprobs)
+        where = f"completion {index} of prompt {prompt.prompt_id}"
+        if tuple(sampled.logprobs.token_ids) != tokens:
+            raise RolloutError(f"{where}: log-probabilities are not those of its tokens")
+        if not all(math.isfinite(value) and value <= 1e-5 for value in logprobs):
+            raise RolloutError(f"{where}: a log-probability is not a finite number at most 0: {logprobs}")
+        stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
+        if sampled.finish_reason != ("stop" if stopped else "length") or not tokens:
+            raise RolloutError(
+                f"{where}: vLLM ended it with {sampled.finish_reason!r} after {len(tokens)} tokens"
+            )
+        if not stopped and len(tokens) != sampling.max_new_tokens:
+            raise RolloutError(
+                f"{where}: {len(tokens)} tokens, neither stopped nor {sampling.max_new_tokens} long"
+            )
+        return Completion(
+            prompt_id=prompt.prompt_id, sample_index=index, tokens=tokens, logprobs=logprobs,
+            finish_reason="stop" if stopped else "length", policy_version=version, text=self._decode(tokens),
+        )  # fmt: skip
+
+    def _check_request(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int) -> None:
+        for prompt in prompts:
+            length = len(prompt.tokens)
+            if length == 0 or length + sampling.max_new_tokens > self._max_model_len:
+                raise RolloutError(
+                    f"prompt {prompt.prompt_id} has {length} tokens; with max_new_tokens {sampling.max_new_tokens} it "
+                    f"must have 1 to {self._max_model_len - sampling.max_new_tokens} (max_model_len "
+                    f"{self._max_model_len})"
+                )
+            if min(prompt.tokens) < 0 or max(prompt.tokens) >= self._vocab_size:
+                raise RolloutError(f"prompt {prompt.prompt_id} has a token outside 0..{self._vocab_size - 1}")
+        ids = [prompt.prompt_id for prompt in prompts]
+        if len(set(ids)) != len(ids):
+            raise RolloutError("a prompt_id occurs twice: both prompts would get the same seeds")
+        self._check_agreement("requests", [(p.prompt_id, p.tokens) for p in prompts], sampling, seed)
+
+    def _check_agreement(self, what: str, *values: object) -> None:
+        """RolloutError unless all ranks of this engine hold equal ``values``; collective over the engine."""
+        if self._spec.tp == 1:
+            return
+        digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+        (number,) = struct.unpack("<q", digest)
+        bounds = torch.tensor([number, ~number])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._group)
+        if bounds[0] != ~bounds[1]:
+            raise RolloutError(f"ranks of engine {self.replica_index} have different {what}")
+
+    def _reset_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM did not reset its prefix cache: some request still holds it")
+
+
+@contextmanager
+def _as_guest() -> Iterator[None]:
+    """vLLM may do as it likes with random states and with torch's functions in here; nothing of it stays."""
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng_states())
+        stack.enter_context(vllm_process.torch_for_vllm())
+        yield
+
+
+def _check(model_dir: Path, spec: RolloutSpec) -> None:
+    if spec.backend != "vllm":
+        raise RolloutError(
+            f"{spec}: the only engine there is so far is vllm; write vllm:d{spec.dp}t{spec.tp}"
+        )
+    if spec.pp != 1:
+        raise RolloutError(f"{spec}: engine pipeline parallelism is not supported; use t in place of p")
+    if not dist.is_initialized():
+        raise RolloutError("torch.distributed must be initialised before the engine is created")
+    if dist.get_world_size() != spec.world_size:
+        raise LayoutError(
+            f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine lives on the "
+            f"trainer's ranks"
+        )
+    config = model_dir / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{model_dir} has no config.json")
+    if not json.loads(config.read_text(encoding="utf-8")).get("architectures"):
+        raise ModelError(
+            f'{config} names no architecture; write for instance "architectures": ["Qwen3MoeForCausalLM"]'
+        )
+
+
+def _build(arguments: dict[str, Any]) -> Any:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    try:
+        llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        # At exit, and when collected, it would destroy the trainer's torch.distributed.
+        llm.engine_core._finalizer.detach()
+        return llm
+    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RolloutError(f"vLLM cannot build an engine for {arguments['model']}: {error}") from error
+
+
+def _load_decoder(model_dir: Path) -> Any:
+    """A function from token ids to text; it gives "" where the folder holds no tokenizer."""
+    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return lambda tokens: ""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def _requests(prompts: Sequence[Prompt], sampling: SamplingSettings) -> Iterator[tuple[Prompt, int]]:
+    for prompt in prompts:
+        for index in range(sampling.num_samples):
+            yield prompt, index
+
+
+def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature, top_p=sampling.top_p if sampling.temperature else 1.0,
+        max_tokens=sampling.max_new_tokens, stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True, seed=seed,
+        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip

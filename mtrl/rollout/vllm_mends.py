@@ -1,0 +1,234 @@
+"""Every change mtrl makes to vLLM, each with its place upstream, its reason and the versions it is for.
+
+`install` is called once, before the engine is built. Each mend has a test that fails when vLLM no longer
+needs it, and each private name used here one that fails when it is gone. All of them concern the CPU build: on CUDA
+nothing is changed.
+"""
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtrl.parallel.errors import RolloutError
+from mtrl.rollout.vllm_process import check_version
+
+_SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/"
+_SHM_FOLDER = Path("/dev/shm")
+
+COMPILED_FUNCTIONS = (
+    ("vllm.v1.sample.ops.logprobs", "batched_count_greater_than"),
+    ("vllm.v1.sample.sampler", "batched_count_greater_than"),
+    ("vllm.v1.sample.ops.topk_topp_sampler", "compiled_random_sample"),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "get_masked_input_and_mask"),
+)
+"""What vLLM compiles on CPU even when told to run eagerly, in each module that holds a reference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mend:
+    """A change to vLLM: ``versions`` are those it was checked with, ``link`` leads to what it changes."""
+
+    name: str
+    link: str
+    versions: str
+    why: str
+    apply: Callable[[], None]
+
+
+def _run_uncompiled() -> None:
+    import importlib
+
+    for module_name, function_name in COMPILED_FUNCTIONS:
+        module = importlib.import_module(module_name)
+        compiled = getattr(module, function_name)
+        setattr(module, function_name, getattr(compiled, "_torchdynamo_orig_callable", compiled))
+
+
+def _keep_linear_weights_live() -> None:
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+
+    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
+        weight = layer.weight
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
+            original(layer, remove_weight)
+            return
+        # A plain function of the weight that is passed in on each call: nothing can go stale.
+        object.__setattr__(layer, "cpu_linear", torch.nn.functional.linear)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def _mend_cpu_experts() -> None:
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    original_pack = CPUUnquantizedExperts.process_weights_after_loading
+    original_apply = CPUUnquantizedExperts.apply
+
+    def pack(self: Any, layer: torch.nn.Module) -> None:
+        if hasattr(layer, "w13_bias"):
+            raise RolloutError("experts with biases are not supported on CPU")
+        packed = torch.nn.Module()
+        for name in ("w13_weight", "w2_weight"):
+            live = getattr(layer, name)
+            setattr(packed, name, torch.nn.Parameter(live.data, requires_grad=False))
+        # vLLM's own packing runs on the stand-in, so that the layer's parameters stay as they were loaded.
+        original_pack(self, packed)
+        self.mtrl_packed = packed
+
+    def apply(
+        self: Any, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor,
+        topk_ids: Tensor, activation: Any, global_num_experts: int, expert_map: Tensor | None, *rest: Any,
+        **named: Any,
+    ) -> None:  # fmt: skip
+        if expert_map is not None:
+            local = expert_map[topk_ids.long()].to(topk_ids.dtype)
+            absent = local < 0
+            # Experts of other ranks: any local one, weighted with nothing.
+            topk_ids = local.masked_fill(absent, 0)
+            topk_weights = topk_weights.masked_fill(absent, 0.0)
+        packed = self.mtrl_packed
+        original_apply(
+            self, output, hidden_states, packed.w13_weight, packed.w2_weight, topk_weights, topk_ids,
+            activation, global_num_experts, None, *rest, **named,
+        )  # fmt: skip
+
+    CPUUnquantizedExperts.process_weights_after_loading = pack
+    CPUUnquantizedExperts.apply = apply
+
+
+def _own_shared_memory() -> None:
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    original_init = _CPUSHMDistributed._init_cpu_shm
+
+    def make_group_name(communicator: Any) -> str:
+        ranks = "-".join(str(rank) for rank in communicator.ranks)
+        return f"mtrl-{os.environ['MTRL_JOB_TOKEN']}-{communicator.unique_name}-{ranks}"
+
+    def init_cpu_shm(self: Any) -> int:
+        handle: int = original_init(self)
+        # Every rank has mapped every segment by now (there is a barrier), so the names can go at once:
+        # then no crash, however sudden, leaves any behind.
+        (_SHM_FOLDER / f"{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+        return handle
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    _CPUSHMDistributed._init_cpu_shm = init_cpu_shm
+
+
+def _inspect_models_here() -> None:
+    from vllm.model_executor.models import registry
+
+    def run_here(function: Callable[[], Any]) -> Any:
+        return function()
+
+    registry._run_in_subprocess = run_here
+
+
+def _leave_memory_unbound() -> None:
+    import vllm.platforms
+
+    vllm.platforms.current_platform.import_kernels()
+
+    def leave_unbound(nodes: list[int]) -> None:
+        """Bind nothing: the process is the trainer's."""
+
+    # An attribute set on the namespace of operators hides the operator from Python callers only.
+    torch.ops._C.init_cpu_memory_env = leave_unbound
+
+
+MENDS: tuple[Mend, ...] = (
+    Mend(
+        name="run_uncompiled",
+        link=_SOURCE + "v1/sample/ops/logprobs.py",
+        versions="0.32",
+        why="functions of a few pointwise operations are compiled at their first call, which makes the first "
+        "sampling wait 2 to 17 s",
+        apply=_run_uncompiled,
+    ),
+    Mend(
+        name="keep_linear_weights_live",
+        link=_SOURCE + "model_executor/layers/utils.py",
+        versions="0.32",
+        why="linear weights are packed for oneDNN and then emptied, so that new weights have nowhere to go, and a "
+        "tied lm_head keeps a packed copy that no update reaches; without packing it is as fast",
+        apply=_keep_linear_weights_live,
+    ),
+    Mend(
+        name="mend_cpu_experts",
+        link=_SOURCE + "model_executor/layers/fused_moe/experts/cpu_moe.py",
+        versions="0.32",
+        why="expert weights are packed in place once and not again on updates (silently wrong), and the map of "
+        "expert parallelism is ignored (reads beyond the weights)",
+        apply=_mend_cpu_experts,
+    ),
+    Mend(
+        name="own_shared_memory",
+        link=_SOURCE + "distributed/device_communicators/cpu_communicator.py",
+        versions="0.32",
+        why="names of shared memory segments are the same for each job of a machine and outlive a crash: the next "
+        "start fails with errno 17",
+        apply=_own_shared_memory,
+    ),
+    Mend(
+        name="inspect_models_here",
+        link=_SOURCE + "model_executor/models/registry.py",
+        versions="0.32",
+        why="the first start on a machine imports vLLM once more, in a child process, only to spare CUDA's "
+        "initialisation: 10 s for nothing where there is no CUDA",
+        apply=_inspect_models_here,
+    ),
+    Mend(
+        name="leave_memory_unbound",
+        link=_SOURCE + "v1/worker/cpu_worker.py",
+        versions="0.32",
+        why="the worker binds all further memory of the process, the trainer's included, to one NUMA node, and the "
+        "process dies when that node is full",
+        apply=_leave_memory_unbound,
+    ),
+)
+
+_installed: list[str] = []
+
+
+def install() -> None:
+    """Apply every mend to this process's vLLM; idempotent, and nothing on CUDA. RolloutError on another version."""
+    check_version()
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for mend in MENDS:
+        if mend.name not in _installed:
+            mend.apply()
+            _installed.append(mend.name)
+
+
+def share_job_token() -> None:
+    """Agree on a fresh name for this engine's shared memory. Collective over WORLD."""
+    token = torch.tensor(list(secrets.token_bytes(8)), dtype=torch.uint8)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    token = token.to(device)
+    dist.broadcast(token, src=0)
+    os.environ["MTRL_JOB_TOKEN"] = bytes(token.tolist()).hex()
+
+
+def refresh_derived_weights(model: torch.nn.Module) -> None:
+    """Recompute what the forward pass reads besides the live parameters: the CPU experts' packed copies."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
