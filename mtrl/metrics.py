@@ -224,7 +224,8 @@ def _start_wandb(folder: RunFolder, config: Config) -> Any:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise MissingPackageError(
-            "wandb is not installed: logging.wandb is true; `pip install wandb`, or logging.wandb=false"
+            f"logging.wandb is true and wandb does not import ({error}); `pip install wandb`, or write "
+            "logging.wandb=false"
         ) from error
     project, name = config.logging.wandb_project, folder.path.name
     return wandb.init(project=project, name=name, dir=str(folder.path), config=asdict(config))
