@@ -47,7 +47,9 @@ class _Requirement:
     """How to recognise a package: its distributions, the module to import, a name only the right one has.
 
     ``marker`` guards against the unrelated projects that hold the names apex, deep-ep and deep-gemm on PyPI.
-    ``min_capability`` is the CUDA compute capability below which the package has no kernels; None: runs on CPU.
+    ``min_capability`` is the CUDA compute capability below which the package has no kernels; None: runs on CPU,
+    and is then looked up but not imported: Megatron must be imported after host.install(), vLLM after its
+    environment variables are set.
     """
 
     distributions: tuple[str, ...]
@@ -138,7 +140,8 @@ def installed(package: PackageName) -> PackageState:
     """
     requirement = _REQUIREMENTS[package]
     version = _installed_version(requirement.distributions)
-    found = version is not None or importlib.util.find_spec(requirement.module) is not None
+    top_level = requirement.module.partition(".")[0]
+    found = version is not None or importlib.util.find_spec(top_level) is not None
     reason = _obstacle(requirement) if found else "not installed"
     return PackageState(name=package, version=version, usable=not reason, reason=reason)
 
@@ -159,10 +162,12 @@ def _installed_version(distributions: tuple[str, ...]) -> str | None:
 
 def _obstacle(requirement: _Requirement) -> str:
     """Why an installed package cannot be used here; empty if it can."""
-    if requirement.min_capability is not None:
-        obstacle = _capability_obstacle(requirement.min_capability)
-        if obstacle:
-            return obstacle
+    if requirement.min_capability is None:
+        found = importlib.util.find_spec(requirement.module) is not None
+        return "" if found else f"installed without its module {requirement.module}"
+    obstacle = _capability_obstacle(requirement.min_capability)
+    if obstacle:
+        return obstacle
     try:
         importlib.import_module(requirement.module)
     except Exception as error:

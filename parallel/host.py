@@ -211,6 +211,7 @@ ANSWERS: tuple[Answer, ...] = (
     Answer(where="torch.cuda", attribute="get_rng_state", value=_get_rng_state, why="RNG tracker"),
     Answer(where="torch.cuda", attribute="set_rng_state", value=_set_rng_state, why="RNG tracker"),
     Answer(where="torch.cuda", attribute="manual_seed", value=torch.manual_seed, why="RNG tracker seeds with it"),
+    Answer(where="torch.cuda.random", attribute="get_rng_state", value=_get_rng_state, why="recompute"),
     Answer(where="torch.cuda.nvtx", attribute="range_push", value=_nothing, why="NVTX is not in the CPU build"),
     Answer(where="torch.cuda.nvtx", attribute="range_pop", value=_nothing, why="NVTX is not in the CPU build"),
     Answer(where="torch.cuda.nvtx", attribute="range", value=_nvtx_range, why="NVTX is not in the CPU build"),
@@ -331,11 +332,9 @@ def _torch_views(here: Sequence[Answer]) -> dict[str, _View]:
     def names(where: str) -> dict[str, object]:
         return {each.attribute: each.value for each in here if each.where == where}
 
-    rng = {"get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state}
     nvtx = _View(torch.cuda.nvtx, names("torch.cuda.nvtx"))
-    cuda = _View(
-        torch.cuda, names("torch.cuda") | {"nvtx": nvtx, "random": _View(torch.cuda.random, dict(rng))}
-    )
+    rng = _View(torch.cuda.random, names("torch.cuda.random"))
+    cuda = _View(torch.cuda, names("torch.cuda") | {"nvtx": nvtx, "random": rng})
     distributed = _View(dist, names("torch.distributed"))
     root = _View(torch, names("torch") | {"cuda": cuda, "distributed": distributed})
     return {"torch": root, "torch.cuda": cuda, "torch.distributed": distributed, "torch.cuda.nvtx": nvtx}

@@ -1,7 +1,7 @@
 """Gradients of a mixture of experts are the same under every layout, those of one process.
 
 Covers Megatron's own model, DDP, optimizers and gradient norm with attention and experts on different groups.
-Leaves out pipelines, context parallelism and mtrl's own layers.
+Leaves out context parallelism and mtrl's own layers.
 """
 
 import importlib.metadata
@@ -20,11 +20,13 @@ LAYOUTS = [
     ("megatron:(attn:d2|ffn:t2)", 2),
     ("megatron:d2t2", 4),
     ("megatron:(attn:d2t2|ffn:t2e2)", 4),
+    ("megatron:p2", 2),
+    ("megatron:(attn:p2t2|ffn:p2e2)", 4),
 ]
 # With ep 1 and etp != tp: where Megatron-Core before 0.19 reduces expert gradients over the wrong group.
 ONLY_ETP_DIFFERS = ["megatron:t2", "megatron:(attn:d2|ffn:t2)"]
 VOCAB_SIZE, HIDDEN_SIZE, SEQUENCE_LENGTH, NUM_SEQUENCES, NUM_EXPERTS = 64, 32, 16, 8, 4
-NUM_STEPS = 2
+NUM_STEPS, NUM_LAYERS = 2, 2
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
@@ -43,7 +45,7 @@ def build(groups: Any) -> Any:
 
     attn, ffn = groups.layout.spec.attn, groups.layout.spec.ffn
     config = TransformerConfig(
-        num_layers=2,
+        num_layers=NUM_LAYERS,
         hidden_size=HIDDEN_SIZE,
         num_attention_heads=4,
         num_query_groups=2,
@@ -66,18 +68,23 @@ def build(groups: Any) -> Any:
         sequence_parallel=attn.tp > 1,
         expert_model_parallel_size=ffn.ep,
         expert_tensor_parallel_size=ffn.etp,
+        pipeline_model_parallel_size=attn.pp,
+        pipeline_dtype=torch.float32,
         calculate_per_token_loss=True,
         variable_seq_lengths=False,
     )
     layer = get_gpt_layer_local_spec(num_experts=NUM_EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
     layer.submodules.input_layernorm = TorchRMSNorm
     layer.submodules.pre_mlp_layernorm = TorchRMSNorm
-    block = TransformerBlockSubmodules(layer_specs=[layer, layer], layer_norm=TorchRMSNorm)
+    layers_here = NUM_LAYERS // attn.pp
+    block = TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=TorchRMSNorm)
     model = GPTModel(
         config,
         block,
         vocab_size=VOCAB_SIZE,
         max_sequence_length=SEQUENCE_LENGTH,
+        pre_process=groups.coordinates.pp == 0,
+        post_process=groups.coordinates.pp == attn.pp - 1,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         pg_collection=groups.collection,
@@ -91,6 +98,10 @@ def pieces(model: Any, groups: Any) -> dict[str, tuple[Any, int, int, int]]:
     found = {}
     for name, parameter in model.named_parameters():
         is_expert = ".local_experts." in name
+        if name.startswith("decoder.layers."):
+            _, _, local_layer, rest = name.split(".", 3)
+            layers_before = groups.coordinates.pp * NUM_LAYERS // groups.attn.pp.size()
+            name = f"decoder.layers.{layers_before + int(local_layer)}.{rest}"
         if is_expert:
             head, _, tail = name.partition(".local_experts.")
             local, _, rest = tail.partition(".")
@@ -127,7 +138,14 @@ def forward_step(batches: Any, model: Any) -> Any:
     return losses, lambda output: (output.sum(), torch.tensor(output.numel()), {"loss": output.sum().detach()})
 
 
-def train(spec: str, distributed_optimizer: bool, without: list[str]) -> dict[str, Any]:
+def forget_that_experts_are_tensor_parallel(model: Any) -> None:
+    """What Transformer Engine's grouped experts look like with etp 1; ColumnParallelLinear marks them always."""
+    for name, parameter in model.named_parameters():
+        if ".local_experts." in name:
+            parameter.tensor_model_parallel = False
+
+
+def train(spec: str, distributed_optimizer: bool, without: list[str], unmarked: bool) -> dict[str, Any]:
     """Two steps of two microbatches; the first step's gradients and every step's gradient norm."""
     from mtrl.parallel import groups as parallel_groups
     from mtrl.parallel import megatron_mends
@@ -140,10 +158,13 @@ def train(spec: str, distributed_optimizer: bool, without: list[str]) -> dict[st
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     groups = parallel_groups.create(RankLayout.from_spec(parse_training_spec(spec)))
     parallel_groups.seed_everything(1, groups)
     model = build(groups)
+    if unmarked:
+        forget_that_experts_are_tensor_parallel(model)
     ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
@@ -177,6 +198,7 @@ def train(spec: str, distributed_optimizer: bool, without: list[str]) -> dict[st
             seq_length=SEQUENCE_LENGTH,
             micro_batch_size=microbatches[0].shape[0],
             forward_only=False,
+            p2p_communicator=P2PCommunicator(pp_group=groups.attn.pp, config=model.config),
             pg_collection=groups.collection,
         )
         if step == 0 and not distributed_optimizer:
@@ -194,8 +216,21 @@ def one_process(world: World) -> dict[str, Any]:
     return found
 
 
-def run(world: World, spec: str, size: int, *, zero: bool = False, without: tuple[str, ...] = ()) -> list[Any]:
-    arguments = {"spec": spec, "distributed_optimizer": zero, "without": list(without)}
+def run(
+    world: World,
+    spec: str,
+    size: int,
+    *,
+    zero: bool = False,
+    without: tuple[str, ...] = (),
+    unmarked: bool = False,
+) -> list[Any]:
+    arguments = {
+        "spec": spec,
+        "distributed_optimizer": zero,
+        "without": list(without),
+        "unmarked": unmarked,
+    }
     return world.run(train, arguments, size=size)
 
 
@@ -215,8 +250,7 @@ def test_gradients_and_their_norm_are_those_of_one_process(
     world: World, one_process: dict[str, Any], spec: str, size: int
 ) -> None:
     found = run(world, spec, size)
-    names = {name for rank in found for name in rank["gradients"]}
-    assert names == set(one_process["gradients"])
+    assert {name for rank in found for name in rank["gradients"]} == set(one_process["gradients"])
     # float32 sums in another order: a few ulp of the largest element.
     assert largest_gradient_error(found, one_process) < 1e-5
     for rank in found:
@@ -235,11 +269,33 @@ def test_the_distributed_optimizer_finds_the_same_norm(
 def test_without_the_mend_exactly_its_versions_reduce_expert_gradients_wrongly(
     world: World, one_process: dict[str, Any], spec: str
 ) -> None:
-    from mtrl.parallel import megatron_mends
-
-    mend = next(each for each in megatron_mends.MENDS if each.name == "expert_gradients")
     error = largest_gradient_error(run(world, spec, 2, without=("expert_gradients",)), one_process)
-    if mend.is_needed:
+    if is_needed("expert_gradients"):
         assert error > 0.1
     else:
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["plain", "distributed optimizer"])
+def test_experts_not_marked_tensor_parallel_are_all_in_the_gradient_norm(
+    world: World, one_process: dict[str, Any], zero: bool
+) -> None:
+    for rank in run(world, "megatron:(attn:t2|ffn:e2)", 2, zero=zero, unmarked=True):
+        assert rank["norms"] == pytest.approx(one_process["norms"], rel=1e-6)
+
+
+def test_without_the_mend_exactly_its_versions_leave_experts_out_of_the_gradient_norm(
+    world: World, one_process: dict[str, Any]
+) -> None:
+    spec, without = "megatron:(attn:t2|ffn:e2)", ("expert_gradient_norm",)
+    norm = run(world, spec, 2, unmarked=True, without=without)[0]["norms"][0]
+    if is_needed("expert_gradient_norm"):
+        assert norm < 0.99 * one_process["norms"][0]
+    else:
+        assert norm == pytest.approx(one_process["norms"][0], rel=1e-6)
+
+
+def is_needed(mend: str) -> bool:
+    from mtrl.parallel import megatron_mends
+
+    return next(each for each in megatron_mends.MENDS if each.name == mend).is_needed

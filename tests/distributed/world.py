@@ -31,7 +31,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOADED = ("torch", "safetensors.torch", "pytest", "mtrl.parallel.groups", "megatron.core.models.gpt.gpt_model")
+PRELOADED = (
+    "pytest",
+    "safetensors.torch",
+    "torch._dynamo",  # torch's optimizers import it at their first step
+    "mtrl.parallel.groups",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+)
 DEFAULT_TIMEOUT_S = 120.0
 GRACE_S = 3.0
 """How long the other ranks may go on after one has failed: they usually wait in a collective for it."""
