@@ -2,9 +2,9 @@
 
 The loader is run once on tensors without storage (``meta``). Every write that it makes into a live
 parameter is caught and written down as geometry: this region of that source tensor goes to that
-region of this parameter. Replaying the record with real tensors is then a list of copies, right by construction
-for each model and layout that the loader itself supports, and the record is what a byte-minimal
-push plans from.
+region of this parameter. Replaying the record with real tensors is then a list of copies, right by
+construction for each model and layout that the loader itself supports, and the record is what a
+byte-minimal push plans from.
 """
 
 import math
@@ -157,7 +157,7 @@ def record_loader(
     """Run ``load`` on storage-less tensors named and shaped as ``sources``; return what it would have done.
 
     ``destinations`` are the live tensors, contiguous and keyed by name; none of them is changed. WeightError
-    when the loader refuses a name or does with a weight what is neither a copy of a strided region nor a constant.
+    when the loader refuses a name or does with a weight what is neither a copy of a region nor a constant.
     """
     fakes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in sources.items()}
     recorder = _Recorder(fakes, destinations)
@@ -182,11 +182,11 @@ def record_loader(
     return LoaderRecord(sources=dict(sources), copies=tuple(recorder.copies), fills=tuple(recorder.fills))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes into live tensors are written down instead of done; everything else runs."""
 
     def __init__(self, fakes: Mapping[str, Tensor], destinations: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.copies: list[RecordedCopy] = []
         self.fills: list[RecordedFill] = []
         self._sources = {_storage_key(tensor): name for name, tensor in fakes.items()}
@@ -205,7 +205,7 @@ class _Recorder(TorchDispatchMode):
     def _write_down(self, func: Any, owner: tuple[str, Tensor], args: tuple[Any, ...]) -> None:
         name, tensor = owner
         target = args[0]
-        region = _region(target, tensor.storage_offset())
+        region = _region(target, int(tensor.storage_offset()))
         if target.numel() == 0:
             return
         packet = func.overloadpacket
@@ -230,10 +230,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def _storage_key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _region(view: Tensor, owner_offset: int) -> Region:
     return Region(
-        shape=tuple(view.shape), stride=tuple(view.stride()), offset=view.storage_offset() - owner_offset
+        shape=tuple(view.shape), stride=tuple(view.stride()), offset=int(view.storage_offset()) - owner_offset
     )

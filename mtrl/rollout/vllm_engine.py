@@ -1,7 +1,7 @@
 """The real vLLM inside the trainer's process: one replica's share on each rank.
 
-Under ``vllm:dNtM`` ranks ``i*M .. i*M+M-1`` are replica ``i``. Run on CPU over gloo; written for CUDA, not yet run
-there. Left out: engine pipeline parallelism, CUDA graphs, sleep mode, adapters.
+Under ``vllm:dNtM`` ranks ``i*M .. i*M+M-1`` are replica ``i``. Runs on CPU over gloo; written for CUDA too,
+where it has not been run. Left out: engine pipeline parallelism, CUDA graphs, sleep mode, adapters.
 """
 
 import gc
@@ -51,22 +51,31 @@ class VllmEngine:
 
     @classmethod
     def create(
-        cls, model_dir: Path, spec: RolloutSpec, *, max_model_len: int, max_num_seqs: int, dtype: Dtype, seed: int,
-        kv_cache_bytes: int, expert_parallel: bool = False,
-    ) -> "VllmEngine":  # fmt: skip
-        """Build this rank's share of the engine, with random weights. Collective over WORLD, which must exist.
+        cls,
+        model_dir: Path,
+        spec: RolloutSpec,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        dtype: Dtype,
+        seed: int,
+        kv_cache_bytes: int,
+        expert_parallel: bool = False,
+    ) -> "VllmEngine":
+        """Build this rank's share of the engine, with random weights. Collective over WORLD, which exists.
 
-        ``model_dir`` holds ``config.json`` and, if completions are to have text, a tokenizer; weights in it are
-        not read. ``max_model_len`` counts prompt and completion, in tokens; ``max_num_seqs`` are sampled together;
-        ``kv_cache_bytes`` is allocated on each rank at once. ``expert_parallel`` spreads whole experts over the
-        replica's ranks, else each expert is sliced. LayoutError if the spec does not fit the world,
-        ModelError without a config, RolloutError if vLLM refuses.
+        ``model_dir`` holds ``config.json`` and, if completions are to have text, a tokenizer; weights in it
+        are not read. ``max_model_len`` counts prompt and completion, in tokens; ``max_num_seqs`` are sampled
+        together; ``kv_cache_bytes`` is allocated on each rank at once. ``expert_parallel`` spreads whole
+        experts over the replica's ranks, else each expert is sliced. LayoutError if the spec does not fit
+        the world, ModelError without a usable config, RolloutError if vLLM refuses.
         """
         _check(model_dir, spec)
         arguments: dict[str, Any] = dict(
-            model=str(model_dir), runner="generate", skip_tokenizer_init=True, load_format="dummy", dtype=dtype, seed=seed % 2**32,
-            tensor_parallel_size=spec.tp, distributed_executor_backend="external_launcher",
-            enable_expert_parallel=expert_parallel, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+            model=str(model_dir), runner="generate", skip_tokenizer_init=True, load_format="dummy",
+            dtype=dtype, seed=seed % 2**32, tensor_parallel_size=spec.tp,
+            distributed_executor_backend="external_launcher", enable_expert_parallel=expert_parallel,
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             kv_cache_memory_bytes=kv_cache_bytes, enforce_eager=True, async_scheduling=False,
             logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
             trust_remote_code=False, enable_prefix_caching=True,
@@ -128,15 +137,17 @@ class VllmEngine:
     ) -> list[Completion]:
         """See `RolloutEngine.generate`.
 
-        Log-probabilities of greedy completions are those at temperature 1. RolloutError when a prompt does not
-        fit, when ranks of the engine were asked for or got different things, or when a log-probability is not finite.
+        Log-probabilities of greedy completions are those at temperature 1. RolloutError when a prompt does
+        not fit, when ranks of the engine were asked for or got different things, or when a log-probability
+        is not finite.
         """
         version = self.policy_version
         self._check_request(prompts, sampling, seed)
         if not prompts:
             return []
         with _as_guest():
-            # What an earlier call has cached would change how this one's prompts are cut up, hence its rounding.
+            # What an earlier call has cached would change how this one's prompts are cut up, and so its
+            # rounding: the same call must give the same numbers.
             self._reset_prefix_cache()
             outputs = self._sample(prompts, sampling, seed, version)
         completions = [
@@ -216,9 +227,9 @@ class VllmEngine:
             length = len(prompt.tokens)
             if length == 0 or length + sampling.max_new_tokens > self._max_model_len:
                 raise RolloutError(
-                    f"prompt {prompt.prompt_id} has {length} tokens; with max_new_tokens {sampling.max_new_tokens} it "
-                    f"must have 1 to {self._max_model_len - sampling.max_new_tokens} (max_model_len "
-                    f"{self._max_model_len})"
+                    f"prompt {prompt.prompt_id} has {length} tokens; with max_new_tokens "
+                    f"{sampling.max_new_tokens} and max_model_len {self._max_model_len} it must have 1 to "
+                    f"{self._max_model_len - sampling.max_new_tokens}"
                 )
             if min(prompt.tokens) < 0 or max(prompt.tokens) >= self._vocab_size:
                 raise RolloutError(f"prompt {prompt.prompt_id} has a token outside 0..{self._vocab_size - 1}")
@@ -263,8 +274,8 @@ def _check(model_dir: Path, spec: RolloutSpec) -> None:
         raise RolloutError("torch.distributed must be initialised before the engine is created")
     if dist.get_world_size() != spec.world_size:
         raise LayoutError(
-            f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine lives on the "
-            f"trainer's ranks"
+            f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine lives "
+            f"on the trainer's ranks"
         )
     config = model_dir / "config.json"
     if not config.is_file():
@@ -310,6 +321,6 @@ def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
 
     return SamplingParams(
         temperature=sampling.temperature, top_p=sampling.top_p if sampling.temperature else 1.0,
-        max_tokens=sampling.max_new_tokens, stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True, seed=seed,
-        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        max_tokens=sampling.max_new_tokens, stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True,
+        seed=seed, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Every change mtrl makes to vLLM, each with its place upstream, its reason and the versions it is for.
 
-`install` is called once, before the engine is built. Each mend has a test that fails when vLLM no longer
-needs it, and each private name used here one that fails when it is gone. All of them concern the CPU build: on CUDA
-nothing is changed.
+`install` is called before the engine is built. Each mend has a test that fails when vLLM no longer needs
+it, and each private name used here one that fails when it is gone. All of them concern the CPU build: on
+CUDA nothing is changed.
 """
 
 import os
@@ -143,7 +143,7 @@ def _leave_memory_unbound() -> None:
         """Bind nothing: the process is the trainer's."""
 
     # An attribute set on the namespace of operators hides the operator from Python callers only.
-    torch.ops._C.init_cpu_memory_env = leave_unbound
+    vars(torch.ops._C)["init_cpu_memory_env"] = leave_unbound
 
 
 MENDS: tuple[Mend, ...] = (
@@ -159,24 +159,24 @@ MENDS: tuple[Mend, ...] = (
         name="keep_linear_weights_live",
         link=_SOURCE + "model_executor/layers/utils.py",
         versions="0.32",
-        why="linear weights are packed for oneDNN and then emptied, so that new weights have nowhere to go, and a "
-        "tied lm_head keeps a packed copy that no update reaches; without packing it is as fast",
+        why="linear weights are packed for oneDNN and then emptied, so that new weights have nowhere to go, "
+        "and a tied lm_head keeps a packed copy that no update reaches; without packing it is as fast",
         apply=_keep_linear_weights_live,
     ),
     Mend(
         name="mend_cpu_experts",
         link=_SOURCE + "model_executor/layers/fused_moe/experts/cpu_moe.py",
         versions="0.32",
-        why="expert weights are packed in place once and not again on updates (silently wrong), and the map of "
-        "expert parallelism is ignored (reads beyond the weights)",
+        why="expert weights are packed in place once and not again on updates (silently wrong), and the map "
+        "of expert parallelism is ignored (reads beyond the weights)",
         apply=_mend_cpu_experts,
     ),
     Mend(
         name="own_shared_memory",
         link=_SOURCE + "distributed/device_communicators/cpu_communicator.py",
         versions="0.32",
-        why="names of shared memory segments are the same for each job of a machine and outlive a crash: the next "
-        "start fails with errno 17",
+        why="names of shared memory segments are the same for each job of a machine and outlive a crash: the "
+        "next start fails with errno 17",
         apply=_own_shared_memory,
     ),
     Mend(
@@ -191,8 +191,8 @@ MENDS: tuple[Mend, ...] = (
         name="leave_memory_unbound",
         link=_SOURCE + "v1/worker/cpu_worker.py",
         versions="0.32",
-        why="the worker binds all further memory of the process, the trainer's included, to one NUMA node, and the "
-        "process dies when that node is full",
+        why="the worker binds all further memory of the process, the trainer's included, to one NUMA node, "
+        "and the process dies when that node is full",
         apply=_leave_memory_unbound,
     ),
 )
@@ -201,7 +201,7 @@ _installed: list[str] = []
 
 
 def install() -> None:
-    """Apply every mend to this process's vLLM; idempotent, and nothing on CUDA. RolloutError on another version."""
+    """Apply every mend to this process's vLLM; idempotent, nothing on CUDA. RolloutError on another version."""
     check_version()
     from vllm.platforms import current_platform
 

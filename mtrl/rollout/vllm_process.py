@@ -1,4 +1,4 @@
-"""vLLM as a guest in the trainer's process: its environment, its log, its version, what it changes in torch."""
+"""vLLM as a guest in the trainer's process: its environment, log and version, and what it changes in torch."""
 
 import importlib.metadata
 import logging
@@ -34,9 +34,8 @@ _ENVIRONMENT = {
 _DEFAULTS = {"VLLM_LOGGING_LEVEL": "WARNING", "MASTER_ADDR": "127.0.0.1"}
 
 # vLLM's CPU worker replaces these for the whole process and never gives them back. The trainer needs its
-# own: Megatron's CPU answers wrap some of them, and set_num_threads must keep working. (It also replaces
-# functions of torch.accelerator, which stay replaced: without an accelerator the real ones only raise, and vLLM's
-# finalizers call them whenever they run.)
+# own; set_num_threads above all must keep working. (It also replaces functions of torch.accelerator, which
+# stay replaced: without an accelerator the real ones only raise, and vLLM's finalizers call them.)
 _TORCH_NAMES: tuple[tuple[Any, str], ...] = (
     (torch, "set_num_threads"),
     (torch, "Event"),
@@ -91,8 +90,8 @@ def check_version() -> str:
             continue
         if version.split(".")[:2] != VLLM_VERSION.split("."):
             raise RolloutError(
-                f"{distribution} {version} is installed; mtrl's engine was checked against {VLLM_VERSION}.x only. "
-                f"Install it: pip install '{distribution}~={VLLM_VERSION}.0'"
+                f"{distribution} {version} is installed; mtrl's engine was checked against {VLLM_VERSION}.x "
+                f"only. Install it: pip install '{distribution}~={VLLM_VERSION}.0'"
             )
         return version
     raise MissingPackageError(

@@ -51,7 +51,7 @@ class WeightLoader:
             error = caught
             if not self._is_complete:
                 self._forget()
-            # The stream may gather from other ranks as it goes: leaving it half read would leave them waiting.
+            # The stream may gather from other ranks as it goes; half read, it would leave them waiting.
             for _ in stream:
                 continue
         failed = torch.tensor([0 if error is None else 1])
