@@ -209,6 +209,6 @@ def _divided(what: str, total: int, ways: int, axis: str) -> Share:
 
 def _number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key, default)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(f"config.json: {key} is {value!r}, a whole number from 1 is needed")
     return value

@@ -6,11 +6,6 @@ from mtrl.parallel.spec import ParallelSpec
 from mtrl.tools.layout_facts import View, ranks_text, short
 from mtrl.tools.layout_svg import COLOURS, Lane, Picture, Style
 
-ALONE = {
-    "TP": "attention is not split: each rank has whole layers",
-    "EP": "experts are not spread: each rank has every expert of its layers",
-}
-
 
 def picture_of(view: View, num_layers: int | None = None) -> Picture:
     """What is drawn; with ``num_layers`` the bands say which layers they hold."""
@@ -50,11 +45,11 @@ def _training_lanes(view: View) -> list[Lane]:
     captions = [
         f"dp{place.dp} cp{place.cp}" if view.spec.attn.cp > 1 else f"dp{place.dp}" for place in places
     ]
-    tp, ep, etp = view.axis("attn.tp"), view.axis("ffn.ep"), view.axis("ffn.etp")
-    lanes = [
-        Lane(style="soft", label="TP", groups=tp.group_numbers(), captions=captions, shows_rank=True),
-        Lane(style="solid", label="EP", groups=ep.group_numbers()),
-    ]
+    tp = view.axis("attn.tp").group_numbers()
+    lanes = [Lane(style="soft", label="TP", groups=tp, captions=captions, shows_rank=True)]
+    ep, etp = view.axis("ffn.ep"), view.axis("ffn.etp")
+    if ep.size > 1:
+        lanes.append(Lane(style="solid", label="EP", groups=ep.group_numbers()))
     if etp.size > 1:
         lanes.append(Lane(style="outline", label="ETP", groups=etp.group_numbers()))
     return lanes
@@ -69,30 +64,28 @@ def _rollout_lanes(view: View) -> list[Lane]:
 
 
 def _legend(view: View, lanes: list[Lane], band_names: list[str]) -> list[tuple[Style, str, str]]:
+    is_training = isinstance(view.spec, ParallelSpec)
+    what = "layer's attention" if is_training else "layer"
     legend: list[tuple[Style, str, str]] = []
     for lane in lanes:
         size = next(axis.size for axis in view.axes if short(axis) == lane.label)
+        meaning = {
+            "TP": f"the {size} ranks of a TP number split each {what} {size} ways (tensor parallel)",
+            "EP": f"the {size} ranks of an EP number share out a layer's experts (expert parallel)",
+            "ETP": f"the {size} ranks of an ETP number split each of their experts {size} ways",
+            "PP": f"the {size} ranks of a PP number share out the layers (pipeline parallel)",
+        }[lane.label]
         repeats = f"; colours repeat after {COLOURS}" if view.spec.world_size // size > COLOURS else ""
-        if size > 1:
-            legend.append((lane.style, f"{lane.label} 0", _shared_text(view, lane.label, size) + repeats))
+        if size == 1:
+            legend.append((lane.style, "", f"a rank; no {what} is split between ranks"))
         else:
-            legend.append((lane.style, "", ALONE[lane.label]))
+            legend.append((lane.style, f"{lane.label} 0", meaning + repeats))
     if len(band_names) > 1:
-        is_training = isinstance(view.spec, ParallelSpec)
-        meaning = "pipeline stages: each has its own layers" if is_training else "engines: each a whole model"
-        legend.append(("band", band_names[0].split(" · ")[0], meaning))
+        meaning = (
+            "a pipeline stage, with layers of its own" if is_training else "an engine, with a whole model"
+        )
+        legend.append(("band", band_names[0].split(" · ", maxsplit=1)[0], meaning))
     return legend
-
-
-def _shared_text(view: View, label: str, size: int) -> str:
-    if label == "EP":
-        return f"experts: {size} ranks of one number have a layer's experts between them, 1/{size} each"
-    if label == "ETP":
-        return f"experts: {size} ranks of a block split each expert they have {size} ways"
-    if label == "PP":
-        return f"pipelines: {size} ranks of one number have the layers between them, in order"
-    what = "every layer's attention" if isinstance(view.spec, ParallelSpec) else "every layer"
-    return f"{what.rsplit(maxsplit=1)[-1]}: {size} ranks of one number split {what} {size} ways (tensor parallel)"
 
 
 def _tooltips(view: View, bands: list[int], band_names: list[str]) -> list[str]:

@@ -15,14 +15,17 @@ from xml.sax.saxutils import escape
 Style = Literal["soft", "solid", "outline", "band"]
 
 MARGIN, PAD, GAP = 24, 10, 4
+BAND_TITLE = 26
+ASPECT = 2.0  # width to height aimed at
 PER_ROW = 8  # ranks side by side in a node
 COMPACT_ABOVE = 128  # ranks; above this tiles shrink and lose their captions
 INK, MUTED, LINE = "#1b2530", "#51606e", "#b8c2cc"
+NODE_LINE, BANDS = "#8a97a3", ("#f1f4f7", "#e3e9ef")
 # Dark ink on each of SOFT, and white on each of SOLID, has a contrast of at least 4.5.
 SOFT = ("#b9dcf5", "#ffdca8", "#bde5cf", "#f3cde1", "#f4e88f", "#d3d1f3", "#f8c9b9", "#c9dfe0")
 SOLID = ("#0b5a8f", "#8a4b00", "#00694b", "#8e2e6b", "#5c5200", "#4b3fa0", "#a3261e", "#37474f")
 COLOURS = len(SOFT)
-PLAIN = {"soft": "#eceff2", "solid": "#6b7782", "outline": "#ffffff", "band": "#f1f4f7"}
+PLAIN = {"soft": "#eceff2", "solid": "#6b7782", "outline": "#ffffff"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,7 @@ class Picture:
     bands: Sequence[int]
     band_names: Sequence[str]
     tooltips: Sequence[str]
-    legend: Sequence[tuple[Style, str, str]]  # swatch, its label, what it means
+    legend: Sequence[tuple[Style, str, str]]  # swatch (plain without label), label, meaning
 
     @property
     def world_size(self) -> int:
@@ -151,6 +154,13 @@ class _Canvas:
             self.width = max(self.width, x + 0.6 * size * len(text))
         self.height = max(self.height, y + size / 3)
 
+    def tooltip(self, x: float, y: float, width: float, height: float, text: str) -> None:
+        """An invisible rectangle that shows a text while the mouse is over it."""
+        self.elements.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill-opacity="0">'
+            f"<title>{escape(text)}</title></rect>"
+        )
+
 
 def draw(picture: Picture) -> str:
     """The SVG document."""
@@ -184,15 +194,15 @@ def _document(canvas: _Canvas, picture: Picture) -> str:
     )
 
 
-def _draw_header(canvas: _Canvas, picture: Picture) -> int:
+def _draw_header(canvas: _Canvas, picture: Picture) -> float:
     """Title and legend; returns where the nodes begin."""
     canvas.text(MARGIN, 40, picture.title, size=20, weight=700)
-    y = 62
+    y = 62.0
     for line in picture.subtitle:
         canvas.text(MARGIN, y, line, size=13, fill=MUTED)
         y += 20
     for style, label, meaning in picture.legend:
-        _draw_block(canvas, style, 0, MARGIN, y, 64, 20)
+        _draw_block(canvas, style, 0 if label else None, MARGIN, y, 64, 20)
         colour = "#ffffff" if style == "solid" else INK
         canvas.text(MARGIN + 32, y + 14, label, size=11, weight=600, fill=colour, anchor="middle")
         canvas.text(MARGIN + 76, y + 14, meaning, size=12)
@@ -207,12 +217,12 @@ def _draw_bands_of_nodes(canvas: _Canvas, picture: Picture, sizes: _Sizes, top: 
     for index, nodes in enumerate(bands):
         rows = math.ceil(len(nodes) / columns)
         width = min(columns, len(nodes)) * (sizes.node_width + PAD) + PAD
-        height = 26 + rows * (sizes.node_height + PAD)
+        height = BAND_TITLE + rows * (sizes.node_height + PAD)
         x = MARGIN + index % across * (width + PAD)
         y = top + index // across * (height + PAD)
         canvas.rect(x, y, width, height, fill=_band_fill(index), stroke=LINE, radius=12)
         canvas.text(x + PAD + 2, y + 18, picture.band_names[index], size=13, weight=700)
-        _draw_grid(canvas, picture, sizes, nodes, x + PAD, y + 26, columns)
+        _draw_grid(canvas, picture, sizes, nodes, x + PAD, y + BAND_TITLE, columns)
 
 
 def _columns(sizes: _Sizes, num_nodes: int, num_stacks: int) -> int:
@@ -220,7 +230,9 @@ def _columns(sizes: _Sizes, num_nodes: int, num_stacks: int) -> int:
 
     def distance(columns: int) -> float:
         rows = math.ceil(num_nodes / columns)
-        shape = abs(math.log(columns * sizes.node_width / (num_stacks * rows * sizes.node_height) / 1.6))
+        width = columns * (sizes.node_width + PAD)
+        height = num_stacks * (rows * (sizes.node_height + PAD) + BAND_TITLE)
+        shape = abs(math.log(width / height / ASPECT))
         return shape + (rows * columns - num_nodes) / num_nodes
 
     return min(range(1, num_nodes + 1), key=distance)
@@ -233,7 +245,7 @@ def _draw_grid(
         row, column = divmod(index, columns)
         left, top = x + column * (sizes.node_width + PAD), y + row * (sizes.node_height + PAD)
         canvas.rect(
-            left, top, sizes.node_width, sizes.node_height, fill="#ffffff", stroke="#8a97a3", radius=9
+            left, top, sizes.node_width, sizes.node_height, fill="#ffffff", stroke=NODE_LINE, radius=9
         )
         number = node.start // picture.gpus_per_node
         canvas.text(left + PAD + 2, top + 17, f"node {number}", size=12, weight=600, fill=MUTED)
@@ -243,33 +255,38 @@ def _draw_grid(
 
 
 def _draw_row(canvas: _Canvas, picture: Picture, sizes: _Sizes, ranks: range, x: float, y: float) -> None:
+    """Neighbouring ranks of a node, one lane below the other."""
+    inset = GAP / 2
     if sizes.band_header:
-        for start, stop in _runs(ranks, picture.bands):
-            band = picture.bands[ranks[start]]
-            left, width = x + start * sizes.tile, (stop - start) * sizes.tile
-            canvas.rect(left + 1, y, width - 2, sizes.row - 3, fill=_band_fill(band), stroke=LINE, radius=7)
-            name = picture.band_names[band] if width > 120 else picture.band_names[band].split(" · ")[0]
-            canvas.text(
-                left + 7, y + 14, name, size=min(11, width / len(name) / 0.62), weight=600, fill=MUTED
-            )
+        _draw_bands_in_row(canvas, picture, sizes, ranks, x, y)
+        inset = GAP
     y += sizes.band_header
     for index, (lane, height) in enumerate(zip(picture.lanes, sizes.lanes, strict=True)):
         for start, stop in _runs(ranks, lane.groups):
             group = lane.groups[ranks[start]]
             key = f" {_key(index, group)}" if group is not None else ""
             canvas.elements.append(f'<g class="l{index}{key}">')
-            inset = GAP if sizes.band_header else GAP / 2
             left, width = x + start * sizes.tile + inset, (stop - start) * sizes.tile - 2 * inset
             _draw_block(canvas, lane.style, group, left, y, width, height)
             _draw_lane_text(canvas, lane, group, ranks[start:stop], left, y, width, height)
-            for rank in ranks[start:stop]:
-                tile = x + (rank - ranks.start) * sizes.tile
-                canvas.elements.append(
-                    f'<rect x="{tile:g}" y="{y:g}" width="{sizes.tile}" height="{height}" fill-opacity="0">'
-                    f"<title>{escape(picture.tooltips[rank])}</title></rect>"
-                )
+            for place in range(start, stop):
+                canvas.tooltip(x + place * sizes.tile, y, sizes.tile, height, picture.tooltips[ranks[place]])
             canvas.elements.append("</g>")
         y += height + GAP
+
+
+def _draw_bands_in_row(
+    canvas: _Canvas, picture: Picture, sizes: _Sizes, ranks: range, x: float, y: float
+) -> None:
+    for start, stop in _runs(ranks, picture.bands):
+        band = picture.bands[ranks[start]]
+        left, width = x + start * sizes.tile, (stop - start) * sizes.tile
+        canvas.rect(left + 1, y, width - 2, sizes.row - 3, fill=_band_fill(band), stroke=LINE, radius=7)
+        name = picture.band_names[band]
+        if 7 * len(name) > width:  # the part before the dot is its number alone
+            name = name.split(" · ", maxsplit=1)[0]
+        size = min(11, width / len(name) / 0.62)
+        canvas.text(left + 7, y + 14, name, size=size, weight=600, fill=MUTED)
 
 
 def _draw_lane_text(
@@ -325,7 +342,7 @@ def _draw_block(
 
 
 def _band_fill(band: int) -> str:
-    return ("#f1f4f7", "#e3e9ef")[band % 2]
+    return BANDS[band % 2]
 
 
 def _key(lane: int, group: int | None) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtrl.models.config import read_hf_config
-from mtrl.parallel.errors import MtrlError
+from mtrl.parallel.errors import LayoutError, MtrlError
 from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import ParallelSpec
 from mtrl.tools.layout_facts import MEANINGS, Axis, Share, View, model_shares, ranks_text, refuse_problems
@@ -117,7 +117,7 @@ def _share_table(shares: list[Share]) -> Table:
 
 def _write_svg(view: View, shares: list[Share], svg: Path) -> None:
     if view.spec.world_size > MAX_RANKS_DRAWN:
-        raise MtrlError(f"{view.spec.world_size} ranks are too many to draw; at most {MAX_RANKS_DRAWN}")
+        raise LayoutError(f"{view.spec.world_size} ranks are too many to draw; at most {MAX_RANKS_DRAWN}")
     num_layers = next((share.total for share in shares if share.what == "layers"), None)
     svg.write_text(draw(picture_of(view, num_layers)), encoding="utf-8")
 

@@ -3,9 +3,14 @@
 from collections.abc import Iterator
 from functools import cache
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from mtrl.parallel.spec import AttnAxes, FfnAxes, ParallelSpec, RolloutSpec
+
+# No deadline: a busy machine is no broken law.
+settings.register_profile("mtrl", deadline=None)
+settings.load_profile("mtrl")
 
 names = st.none() | st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 
