@@ -17,6 +17,12 @@ from mtrl.parallel.groups import ParallelGroups
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
 from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend  # isort: skip
+from megatron.core.tensor_parallel import (  # isort: skip
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
 from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
@@ -119,7 +125,23 @@ def _build_chunk(
         use_cpu_initialization=megatron.use_cpu_initialization,
         cp_group=groups.attn.cp,
     )
+    _mark_sharded_weights(model)
     return model.to(current_device().torch_device)
+
+
+def _mark_sharded_weights(model: nn.Module) -> None:
+    """Mark weights that tensor parallel ranks hold distinct parts of.
+
+    Megatron-Core 0.16 sets the mark only while initialising the weight (``tensor_parallel/layers.py``),
+    which we leave out; unmarked weights would count once, not once a rank, in the gradient norm. 0.19
+    sets it always, and then there is nothing to do here.
+    """
+    for module in model.modules():
+        dim = 1 if isinstance(module, RowParallelLinear) else 0
+        weight = getattr(module, "weight", None)
+        sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+        if sharded and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _layer_spec(config: ModelConfig, *, is_moe: bool) -> ModuleSpec:
