@@ -145,7 +145,7 @@ class VllmEngine:
         self._check_request(prompts, sampling, seed)
         if not prompts:
             return []
-        with _as_guest():
+        with _as_guest(), self._voided_on_error():
             # What an earlier call has cached would change how this one's prompts are cut up, and so its
             # rounding: the same call must give the same numbers.
             self._reset_prefix_cache()
@@ -197,6 +197,15 @@ class VllmEngine:
         if finished.keys() != set(expected):
             raise RolloutError(f"{len(expected)} completions were asked for and {len(finished)} came back")
         return [finished[request] for request in expected]
+
+    @contextmanager
+    def _voided_on_error(self) -> Iterator[None]:
+        """What vLLM left half done cannot be trusted: after an error the engine refuses to go on."""
+        try:
+            yield
+        except Exception as error:
+            self._policy_version = None
+            raise RolloutError(f"vLLM failed while sampling: {type(error).__name__}: {error}") from error
 
     def _completion(
         self, output: Any, prompt: Prompt, index: int, version: int, sampling: SamplingSettings
@@ -274,8 +283,8 @@ def _check(model_dir: Path, spec: RolloutSpec) -> None:
         raise RolloutError("torch.distributed must be initialised before the engine is created")
     if dist.get_world_size() != spec.world_size:
         raise LayoutError(
-            f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine lives "
-            f"on the trainer's ranks"
+            f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine "
+            f"lives on the trainer's ranks"
         )
     config = model_dir / "config.json"
     if not config.is_file():

@@ -201,7 +201,7 @@ _installed: list[str] = []
 
 
 def install() -> None:
-    """Apply every mend to this process's vLLM; idempotent, nothing on CUDA. RolloutError on another version."""
+    """Apply every mend; idempotent, nothing on CUDA. RolloutError if vLLM is of another version."""
     check_version()
     from vllm.platforms import current_platform
 

@@ -1,4 +1,4 @@
-"""vLLM as a guest in the trainer's process: its environment, log and version, and what it changes in torch."""
+"""vLLM as a guest in the trainer's process: environment, log, version, and what it changes in torch."""
 
 import importlib.metadata
 import logging
