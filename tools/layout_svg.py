@@ -25,7 +25,7 @@ NODE_LINE, BANDS = "#8a97a3", ("#f1f4f7", "#e3e9ef")
 SOFT = ("#b9dcf5", "#ffdca8", "#bde5cf", "#f3cde1", "#f4e88f", "#d3d1f3", "#f8c9b9", "#c9dfe0")
 SOLID = ("#0b5a8f", "#8a4b00", "#00694b", "#8e2e6b", "#5c5200", "#4b3fa0", "#a3261e", "#37474f")
 COLOURS = len(SOFT)
-PLAIN = {"soft": "#eceff2", "solid": "#6b7782", "outline": "#ffffff"}
+PLAIN = "#fafbfc"  # of a rank that shares with nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,7 +333,7 @@ def _draw_block(
     if style == "band":
         canvas.rect(x, y, width, height, fill=_band_fill(group or 0), stroke=LINE)
     elif group is None:
-        canvas.rect(x, y, width, height, fill=PLAIN[style])
+        canvas.rect(x, y, width, height, fill=PLAIN, stroke=LINE)
     elif style == "outline":
         canvas.rect(x, y, width, height, fill="#ffffff", stroke=SOLID[group % COLOURS])
     else:

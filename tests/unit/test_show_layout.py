@@ -129,7 +129,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_text_stands_out_from_every_colour() -> None:
-    dark_on = (*layout_svg.SOFT, *layout_svg.BANDS, layout_svg.PLAIN["soft"], "#ffffff")
+    dark_on = (*layout_svg.SOFT, *layout_svg.BANDS, layout_svg.PLAIN, "#ffffff")
     assert min(contrast(layout_svg.INK, colour) for colour in dark_on) >= 7
     assert min(contrast(layout_svg.MUTED, colour) for colour in (*layout_svg.BANDS, "#ffffff")) >= 4.5
     assert min(contrast("#ffffff", colour) for colour in layout_svg.SOLID) >= 4.5
