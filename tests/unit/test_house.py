@@ -14,6 +14,8 @@ import pytest
 from tests import house
 from tests.house import LINKS, PRODUCT, READING_ORDER, ROOT, python_files, tree_of
 
+pytestmark = pytest.mark.one_stack
+
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # What may not be imported while a pure file is: these hold text, numbers and ranks only.

@@ -12,6 +12,8 @@ from tests import ledger
 from tests.house import ROOT
 from tests.ledger import Entry
 
+pytestmark = pytest.mark.one_stack
+
 LEAVES_OUT = """
 import pytest
 

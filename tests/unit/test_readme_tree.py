@@ -8,6 +8,8 @@ import pytest
 from tests import house
 from tests.house import ROOT
 
+pytestmark = pytest.mark.one_stack
+
 BLOCK = re.compile(r"<!-- tree -->\s*```\w*\n(.*?)```\s*<!-- /tree -->", re.S)
 
 
