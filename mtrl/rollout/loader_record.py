@@ -182,7 +182,7 @@ def record_loader(
     return LoaderRecord(sources=dict(sources), copies=tuple(recorder.copies), fills=tuple(recorder.fills))
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):
     """Writes into live tensors are written down instead of done; everything else runs."""
 
     def __init__(self, fakes: Mapping[str, Tensor], destinations: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ def preserved_rng_states() -> Iterator[None]:
     """Restore torch's (CPU and every CUDA device), Python's and numpy's global random states on exit."""
     torch_state = torch.get_rng_state()
     # A context that CUDA did not have before must not be created just to save its state.
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield

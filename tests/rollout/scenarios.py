@@ -251,7 +251,9 @@ def _refused_requests(engine: VllmEngine) -> dict[str, str]:
 
 
 def _sampling(**changes: Any) -> SamplingSettings:
-    values = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "num_samples": 1, "stop_token_ids": ()}
+    values: dict[str, Any] = {
+        "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "num_samples": 1, "stop_token_ids": (),
+    }  # fmt: skip
     return SamplingSettings(**(values | changes))
 
 

@@ -53,9 +53,9 @@ def _linear() -> dict[str, Any]:
     dispatch_cpu_unquantized_gemm(emptied, remove_weight=True)
     kept = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
     dispatch_cpu_unquantized_gemm(kept, remove_weight=False)
-    before = kept.cpu_linear(x, kept.weight, None)
+    before = kept.cpu_linear(x, kept.weight, None)  # type: ignore[operator]
     kept.weight.mul_(3)
-    stale = torch.equal(before, kept.cpu_linear(x, kept.weight, None))
+    stale = torch.equal(before, kept.cpu_linear(x, kept.weight, None))  # type: ignore[operator]
     return {"weight is emptied": emptied.weight.numel() == 0, "copy is stale": stale}
 
 

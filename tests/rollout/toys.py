@@ -20,8 +20,8 @@ def build_toy(kind: Kind, *, seed: int, tied: bool = False) -> torch.nn.Module:
 
     sizes = dict(
         vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, intermediate_size=96, max_position_embeddings=512, initializer_range=0.08,
-        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=2, head_dim=32, intermediate_size=96, max_position_embeddings=512,
+        initializer_range=0.08, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     experts = dict(
         num_experts=8,
