@@ -47,9 +47,9 @@ class _Requirement:
     """How to recognise a package: its distributions, the module to import, a name only the right one has.
 
     ``marker`` guards against the unrelated projects that hold the names apex, deep-ep and deep-gemm on PyPI.
-    ``min_capability`` is the CUDA compute capability below which the package has no kernels; None: runs on CPU,
-    and is then looked up but not imported: Megatron must be imported after host.install(), vLLM after its
-    environment variables are set.
+    ``min_capability`` is the CUDA compute capability below which the package has no kernels; None: runs on
+    CPU, and is then looked up but not imported: Megatron must be imported after host.install(), vLLM after
+    its environment variables are set.
     """
 
     distributions: tuple[str, ...]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mtrl.parallel import host, megatron_mends
 from mtrl.parallel.device import current_device
@@ -77,8 +78,8 @@ class FfnGroups:
 class ParallelGroups:
     """One rank's place in a layout, with its process groups.
 
-    ``collection`` is what Megatron's constructors take as ``pg_collection``. ``attn.pp`` and ``ffn.pp`` are the
-    same group.
+    ``collection`` is what Megatron's constructors take as ``pg_collection``. ``attn.pp`` and ``ffn.pp`` are
+    the same group.
     """
 
     layout: RankLayout
@@ -100,9 +101,7 @@ def init_distributed(timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     device = current_device()
     timeout = timedelta(seconds=timeout_s)
     if "RANK" not in os.environ:
-        dist.init_process_group(
-            device.comm_backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        dist.init_process_group(device.comm_backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     os.environ.setdefault("MASTER_ADDR", _LOOPBACK)
     if os.environ["MASTER_ADDR"] in (_LOOPBACK, "localhost"):
@@ -175,9 +174,7 @@ def _as_groups(layout: RankLayout, collection: Any) -> ParallelGroups:
             dp=collection.dp,
             dp_cp=collection.dp_cp,
         ),
-        ffn=FfnGroups(
-            etp=collection.expt_tp, ep=collection.ep, pp=collection.pp, edp=collection.expt_dp
-        ),
+        ffn=FfnGroups(etp=collection.expt_tp, ep=collection.ep, pp=collection.pp, edp=collection.expt_dp),
         collection=collection,
     )
 
@@ -198,8 +195,8 @@ def destroy() -> None:
 def seed_everything(seed: int, groups: ParallelGroups) -> None:
     """Seed Python, NumPy, torch and Megatron's RNG tracker.
 
-    Pipeline stages draw different numbers; ranks of one stage the same, except inside Megatron's tensor-parallel
-    and expert-parallel forks, which differ by tp and by (ep, etp). The same seed and layout give the same draws.
+    Pipeline stages draw different numbers; ranks of one stage the same, except inside Megatron's
+    tensor-parallel and expert-parallel forks, which differ by tp and by (ep, etp).
     """
     stage_seed = seed + 100 * groups.coordinates.pp
     random.seed(stage_seed)

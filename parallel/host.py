@@ -3,16 +3,16 @@
 `install` does nothing where there is a GPU. Elsewhere it makes Python load ``megatron.*`` with three changes,
 none of which any other package sees:
 
-1. the string constants "cuda" and "torch.cuda.FloatTensor" in Megatron's code read "cpu" and "torch.FloatTensor";
+1. string constants in Megatron's code read as in `CONSTANTS`: "cuda" as "cpu";
 2. Megatron's modules see ``torch`` through a view in which the names of `ANSWERS` are answered;
 3. the Megatron functions of `ANSWERS` whose bodies assume a GPU are replaced.
 
 ``torch`` itself keeps saying that there is no CUDA: ``torch.cuda.is_available()`` stays False, and outside
-Megatron ``torch.zeros(1, device="cuda")`` and ``tensor.cuda()`` still raise. That is what lets vLLM's CPU build
-run in the same process. Every answer carries its reason; tests check that each is still asked for.
+Megatron ``torch.zeros(1, device="cuda")`` and ``tensor.cuda()`` still raise. That is what lets vLLM's CPU
+build run in the same process. Every answer carries its reason; tests check that each is still asked for.
 
-Left out: defects of Megatron that show on any machine (megatron_mends.py); norm and attention layers that exist
-only in Transformer Engine (models/backends).
+Left out: defects of Megatron that show on any machine (megatron_mends.py); norm and attention layers that
+exist only in Transformer Engine (models/backends).
 """
 
 import importlib.abc
@@ -20,8 +20,8 @@ import importlib.machinery
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -40,8 +40,8 @@ _CPU = torch.device("cpu")
 class Answer:
     """One thing Megatron asks that a machine without CUDA cannot answer.
 
-    ``where`` is a torch module (seen by Megatron only), a torch class (answered for callers in Megatron only) or a
-    Megatron module; ``attribute`` is the name in it; ``versions`` are the Megatron-Core versions that ask.
+    ``where`` is a torch module (as Megatron sees it), a torch class (for callers in Megatron) or a Megatron
+    module; ``attribute`` is the name in it; ``versions`` are the Megatron-Core versions that ask.
     """
 
     where: str
@@ -52,6 +52,7 @@ class Answer:
 
     @property
     def name(self) -> str:
+        """Where and what, dotted."""
         return f"{self.where}.{self.attribute}"
 
 
@@ -61,34 +62,31 @@ CONSTANTS: dict[str, str] = {
     "torch.cuda.HalfTensor": "torch.HalfTensor",
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
-"""String constants of Megatron's code and what they read as: devices of new tensors, and ``tensor.type()`` compared."""
-
-
-class HostStream:
-    """A CUDA stream where all work is already in order: waiting and recording do nothing."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.device = _CPU
-
-    def wait_stream(self, stream: object) -> None: ...
-    def wait_event(self, event: object) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: "HostEvent | None" = None) -> "HostEvent":
-        return event or HostEvent()
+"""Strings in Megatron's code, devices or what ``tensor.type()`` is compared with, and what they read as."""
 
 
 class HostEvent:
     """A CUDA event that has always happened."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
-    def record(self, stream: object = None) -> None: ...
-    def wait(self, stream: object = None) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
+
+    def _at_once(self, *args: object) -> None: ...
+
+    record = wait = synchronize = _at_once
+
+
+class HostStream:
+    """A CUDA stream on which everything is done when it is asked for: waiting does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def _at_once(self, *args: object) -> None: ...
+
+    wait_stream = wait_event = synchronize = _at_once
+
+    def record_event(self, event: HostEvent | None = None) -> HostEvent:
+        """``event``, or a new one."""
+        return event or HostEvent()
 
 
 _STREAM = HostStream()
@@ -117,7 +115,7 @@ def _unpinned(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 def _all_gather(
     tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    """``dist.all_gather`` that allows first dimensions to differ over ``group``; pads to the longest, then cuts."""
+    """``dist.all_gather`` that lets first dimensions differ over ``group``: pad to the longest, then cut."""
     lengths = [each.shape[0] if each.dim() else 1 for each in tensor_list]
     if len(set(lengths)) == 1:
         return dist.all_gather(tensor_list, tensor, group=group, async_op=async_op)
@@ -139,13 +137,13 @@ def _reduce_scatter(
     group: Any = None,
     async_op: bool = False,
 ) -> None:
-    """``dist.reduce_scatter`` of a list, even or not: reduce everything, keep this rank's part of ``group``."""
+    """``dist.reduce_scatter`` of an even or uneven list: reduce all over ``group``, keep this rank's part."""
     if async_op:
         raise NotImplementedError("reduce_scatter of a list over gloo is synchronous only")
     reduced = torch.cat([each.reshape(-1) for each in input_list])
     dist.all_reduce(reduced, op=op, group=group)
     sizes = [each.numel() for each in input_list]
-    output.copy_(reduced.split(sizes)[dist.get_rank(group)].view_as(output))
+    output.copy_(torch.split(reduced, sizes)[dist.get_rank(group)].view_as(output))
 
 
 def _all_reduce(
@@ -164,105 +162,86 @@ def _barrier(group: Any = None, async_op: bool = False, device_ids: object = Non
     return dist.barrier(group=group, async_op=async_op)
 
 
-def _same_tensor(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return tensor
+def _itself(given: Any, *args: object, **kwargs: object) -> Any:
+    return given
 
 
-def _same_module(module: torch.nn.Module, *args: object, **kwargs: object) -> torch.nn.Module:
-    return module
-
-
-def _maybe_move_tensor_to_cpu(
-    tensor: Any, as_numpy: bool = False, record_stream: bool = False
-) -> Any:
+def _maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
-@contextmanager
-def _nvtx_range(*args: object, **kwargs: object) -> Iterator[None]:
-    yield
-
-
-def _on_stream(stream: object) -> nullcontext[None]:
+def _null_context(*args: object, **kwargs: object) -> nullcontext[None]:
     return nullcontext()
 
 
 _RANDOM = "megatron.core.tensor_parallel.random"
-_MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
+
+
+def _answer(where: str, why: str, **values: object) -> tuple[Answer, ...]:
+    return tuple(Answer(where=where, attribute=name, value=value, why=why) for name, value in values.items())
+
 
 ANSWERS: tuple[Answer, ...] = (
-    Answer(
-        where="torch.cuda",
-        attribute="current_device",
-        value=lambda: _CPU,
-        why="used as the device of new tensors all over Megatron; raises without a driver",
+    *_answer("torch.cuda", "the device of most new tensors; asks the driver", current_device=lambda: _CPU),
+    *_answer("torch.cuda", "raises without a driver", set_device=_nothing, synchronize=_nothing),
+    *_answer("torch.cuda", "cannot be made without a driver", Stream=HostStream, Event=HostEvent),
+    *_answer(
+        "torch.cuda",
+        "asks the driver; host work is already in order",
+        stream=_null_context,
+        current_stream=lambda *args: _STREAM,
+        default_stream=lambda *args: _STREAM,
     ),
-    Answer(where="torch.cuda", attribute="set_device", value=_nothing, why="raises without a driver"),
-    Answer(where="torch.cuda", attribute="synchronize", value=_nothing, why="host work is already in order"),
-    Answer(where="torch.cuda", attribute="Stream", value=HostStream, why="cannot be made without a driver"),
-    Answer(where="torch.cuda", attribute="Event", value=HostEvent, why="cannot be made without a driver"),
-    Answer(where="torch.cuda", attribute="stream", value=_on_stream, why="enters a HostStream"),
-    Answer(where="torch.cuda", attribute="current_stream", value=lambda *a: _STREAM, why="asks the driver"),
-    Answer(where="torch.cuda", attribute="default_stream", value=lambda *a: _STREAM, why="asks the driver"),
-    Answer(where="torch.cuda", attribute="get_rng_state", value=_get_rng_state, why="RNG tracker"),
-    Answer(where="torch.cuda", attribute="set_rng_state", value=_set_rng_state, why="RNG tracker"),
-    Answer(where="torch.cuda", attribute="manual_seed", value=torch.manual_seed, why="RNG tracker seeds with it"),
-    Answer(where="torch.cuda.random", attribute="get_rng_state", value=_get_rng_state, why="recompute"),
-    Answer(where="torch.cuda.nvtx", attribute="range_push", value=_nothing, why="NVTX is not in the CPU build"),
-    Answer(where="torch.cuda.nvtx", attribute="range_pop", value=_nothing, why="NVTX is not in the CPU build"),
-    Answer(where="torch.cuda.nvtx", attribute="range", value=_nvtx_range, why="NVTX is not in the CPU build"),
-    Answer(where="torch", attribute="tensor", value=_unpinned(torch.tensor), why="pin_memory needs CUDA"),
-    Answer(where="torch", attribute="empty", value=_unpinned(torch.empty), why="pin_memory needs CUDA"),
-    Answer(
-        where="torch.distributed",
-        attribute="all_gather",
-        value=_all_gather,
-        why="gloo refuses uneven shapes, which dispatch over expert tensor parallelism gathers",
+    *_answer(
+        "torch.cuda",
+        "the RNG tracker and recompute save, seed and restore it",
+        get_rng_state=_get_rng_state,
+        set_rng_state=_set_rng_state,
+        manual_seed=torch.manual_seed,
     ),
-    Answer(
-        where="torch.distributed",
-        attribute="reduce_scatter",
-        value=_reduce_scatter,
-        why="gloo has no reduce_scatter of a list, the backward of the uneven gather",
+    *_answer("torch.cuda.random", "the RNG tracker saves it", get_rng_state=_get_rng_state),
+    *_answer(
+        "torch.cuda.nvtx",
+        "the CPU build has no NVTX",
+        range=_null_context,
+        range_push=_nothing,
+        range_pop=_nothing,
     ),
-    Answer(
-        where="torch.distributed",
-        attribute="all_reduce",
-        value=_all_reduce,
-        why="gloo has no ReduceOp.AVG, which the auxiliary losses' log uses",
+    *_answer("torch", "pin_memory needs CUDA", tensor=_unpinned(torch.tensor), empty=_unpinned(torch.empty)),
+    *_answer(
+        "torch.distributed",
+        "gloo refuses uneven shapes, which dispatch over expert tensor parallelism gathers",
+        all_gather=_all_gather,
     ),
-    Answer(where="torch.distributed", attribute="barrier", value=_barrier, why="gloo refuses device_ids"),
-    Answer(where="torch.Tensor", attribute="cuda", value=_same_tensor, why="raises without a driver"),
-    Answer(where="torch.Tensor", attribute="pin_memory", value=_same_tensor, why="raises without a driver"),
-    Answer(where="torch.Tensor", attribute="record_stream", value=_nothing, why="has no CPU implementation"),
-    Answer(where="torch.nn.Module", attribute="cuda", value=_same_module, why="raises without a driver"),
-    Answer(
-        where=_RANDOM,
-        attribute="_get_cuda_rng_state",
-        value=_get_rng_state,
-        why="initialises CUDA, or indexes torch.cuda.default_generators",
+    *_answer(
+        "torch.distributed",
+        "gloo has none for lists, the backward of the uneven gather",
+        reduce_scatter=_reduce_scatter,
     ),
-    Answer(
-        where=_RANDOM,
-        attribute="_set_cuda_rng_state",
-        value=_set_rng_state,
-        why="defers to the moment CUDA is initialised, which never comes",
+    *_answer(
+        "torch.distributed",
+        "gloo has no ReduceOp.AVG, which auxiliary losses' logs use",
+        all_reduce=_all_reduce,
     ),
-    Answer(
-        where=_MOE_UTILS,
-        attribute="maybe_move_tensor_to_cpu",
-        value=_maybe_move_tensor_to_cpu,
-        why="returns a CPU tensor as it is even if numpy was asked for; all_to_all_single then gets tensors as splits",
+    *_answer("torch.distributed", "gloo refuses device_ids", barrier=_barrier),
+    *_answer("torch.Tensor", "raises without a driver", cuda=_itself, pin_memory=_itself),
+    *_answer("torch.Tensor", "has no CPU implementation", record_stream=_nothing),
+    *_answer("torch.nn.Module", "raises without a driver", cuda=_itself),
+    *_answer(
+        _RANDOM,
+        "indexes torch.cuda.default_generators, or waits until CUDA is initialised, which never comes",
+        _get_cuda_rng_state=_get_rng_state,
+        _set_cuda_rng_state=_set_rng_state,
     ),
-    Answer(
-        where="megatron.core.jit",
-        attribute="jit_fuser",
-        value=_undecorated,
-        why="torch.compile of small functions costs a C++ compiler and seconds a process, for nothing on CPU",
+    *_answer(
+        "megatron.core.transformer.moe.moe_utils",
+        "leaves a CPU tensor as it is even if numpy was asked for; all_to_all_single refuses it as splits",
+        maybe_move_tensor_to_cpu=_maybe_move_tensor_to_cpu,
+    ),
+    *_answer(
+        "megatron.core.jit",
+        "torch.compile of small functions costs a C++ compiler and seconds a process, for nothing on CPU",
+        jit_fuser=_itself,
     ),
 )
 
@@ -285,7 +264,7 @@ def install() -> None:
         raise ImportError("mtrl.parallel.host.install() must run before the first import of megatron.core")
     here = answers()
     _answer_methods(here)
-    # The RNG tracker forks the host generator itself here, which is what its check then reports at every layer.
+    # The tracker forks the host generator itself here, which its own check would report at every layer.
     logging.getLogger(_RANDOM).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     sys.meta_path.insert(0, _Finder(here))
 

@@ -1,18 +1,19 @@
 """Defects of Megatron-Core mended on any machine, each with its link, the versions that have it and why.
 
 A mend whose ``versions`` do not contain the installed one is not applied. Tests prove both sides: without the
-mend the listed versions are wrong, and the others are right. What only a machine without CUDA needs is host.py's.
+mend the listed versions are wrong, and the others are right. What only a machine without CUDA needs is in
+host.py.
 
-Known and not mended here, to be refused or configured around by the trainer: with a virtual pipeline on two
-stages, batched sends and receives between the same two ranks cross over gloo (wrong activations, no error), and
-``deallocate_pipeline_outputs`` frees storage that a gloo send may still read. On CPU a virtual pipeline needs
-``overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False``.
+Known and not mended here, for the trainer to refuse or configure around: with a virtual pipeline on two
+stages, batched sends and receives between the same two ranks cross over gloo (wrong activations, no error),
+and ``deallocate_pipeline_outputs`` frees storage that a gloo send may still read. On CPU a virtual pipeline
+needs ``overlap_p2p_comm=True, batch_p2p_comm=False, deallocate_pipeline_outputs=False``.
 """
 
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -66,18 +67,37 @@ def uses_expert_groups(config: Any) -> bool:
     )
 
 
-def _expert_gradients() -> list[Replacement]:
+def _after_experts_are_built(mark: Callable[[Any, Any], None]) -> list[Replacement]:
+    """Have ``mark(experts, config)`` called at the end of every ``MoELayer.__init__``."""
     moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer").MoELayer
     original = moe_layer.__init__
 
     @wraps(original)
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        # ``allreduce`` is Megatron's mark for "reduced with attention's groups".
-        for parameter in self.experts.parameters():
-            parameter.allreduce = not uses_expert_groups(self.config)
+        mark(self.experts, self.config)
 
     return [Replacement(owner=moe_layer, attribute="__init__", value=initialise)]
+
+
+def _expert_gradients() -> list[Replacement]:
+    def mark(experts: Any, config: Any) -> None:
+        # ``allreduce`` is Megatron's mark for "reduced with attention's groups".
+        for parameter in experts.parameters():
+            parameter.allreduce = not uses_expert_groups(config)
+
+    return _after_experts_are_built(mark)
+
+
+def _expert_shards() -> list[Replacement]:
+    def mark(experts: Any, config: Any) -> None:
+        if config.expert_tensor_parallel_size > 1:
+            for name, parameter in experts.named_parameters():
+                # The bias added after the sum over etp is the one parameter that every etp rank holds whole.
+                is_whole = "linear_fc2" in name and "bias" in name
+                parameter.tensor_model_parallel = not is_whole
+
+    return _after_experts_are_built(mark)
 
 
 def _expert_gradient_norm() -> list[Replacement]:
@@ -103,12 +123,15 @@ def _expert_gradient_norm() -> list[Replacement]:
         importlib.import_module(f"megatron.core.{name}")
         for name in ("tensor_parallel.layers", "tensor_parallel", "optimizer.clip_grads")
     ]
-    mended = {is_first_copy: is_first_copy_mended, copy_attributes: copy_attributes_mended}
+    mended = {
+        "param_is_not_tensor_parallel_duplicate": is_first_copy_mended,
+        "copy_tensor_model_parallel_attributes": copy_attributes_mended,
+    }
     return [
-        Replacement(owner=module, attribute=old.__name__, value=new)
+        Replacement(owner=module, attribute=name, value=value)
         for module in modules
-        for old, new in mended.items()
-        if getattr(module, old.__name__, None) is old
+        for name, value in mended.items()
+        if hasattr(module, name)
     ]
 
 
@@ -161,41 +184,49 @@ def _has_transformer_engine() -> bool:
 
 
 _PULL = "https://github.com/NVIDIA/Megatron-LM/pull/5916"
-_MEASURED = "not reported upstream; see why"
+_UNREPORTED = "no report known"
 
 MENDS: tuple[Mend, ...] = (
     Mend(
         name="expert_gradients",
         link=_PULL,
         versions="<0.19",
-        why="with ep 1 and etp != tp, expert gradients are reduced over attention's groups: wrong sums, no warning",
+        why="with ep 1 and etp != tp, expert gradients are silently reduced over attention's groups",
         replacements=_expert_gradients,
     ),
     Mend(
         name="expert_gradient_norm",
         link=_PULL,
         versions="<0.19",
-        why="experts not marked tensor-parallel (grouped GEMM, etp 1) are counted on attention's tp rank 0 only, "
-        "so the gradient norm leaves the others out and clipping is too weak",
+        why="experts that etp does not shard (grouped GEMM, etp 1) are counted on attention's first tp rank "
+        "only, so the gradient norm leaves the others out and clipping is too weak",
         replacements=_expert_gradient_norm,
     ),
     Mend(
-        name="te_general_gemm",
-        link=_MEASURED,
+        name="expert_shards",
+        link=_PULL,
         versions="<0.19",
-        why="the router's fp32 GEMM reads a name that exists only with Transformer Engine: NameError without it",
+        why="Transformer Engine's experts do not say that etp shards them, so the gradient norm counts the "
+        "first etp rank's only",
+        replacements=_expert_shards,
+    ),
+    Mend(
+        name="te_general_gemm",
+        link=_UNREPORTED,
+        versions="<0.19",
+        why="the router's fp32 GEMM reads a name that exists only with Transformer Engine",
         replacements=_te_general_gemm,
     ),
     Mend(
         name="mla_without_transformer_engine",
-        link=_MEASURED,
+        link=_UNREPORTED,
         versions="<0.19",
-        why="without Transformer Engine its names are mocks and HAVE_TE is True: isinstance() raises TypeError",
+        why="without Transformer Engine its names are mocks yet HAVE_TE is True: isinstance() raises",
         replacements=_mla_without_transformer_engine,
     ),
     Mend(
         name="recompute_without_transformer_engine",
-        link=_MEASURED,
+        link=_UNREPORTED,
         versions="<0.20",
         why="recomputing a norm's output reads FP8GlobalStateManager, undefined without Transformer Engine",
         replacements=_recompute_without_transformer_engine,
@@ -206,15 +237,22 @@ MENDS: tuple[Mend, ...] = (
 def install() -> None:
     """Apply every mend that the installed Megatron-Core needs. Idempotent."""
     host.install()
-    for mend in MENDS:
-        if mend.is_needed and mend.name not in _originals:
-            _originals[mend.name] = [_put(each) for each in mend.replacements()]
+    _apply(mend for mend in MENDS if mend.is_needed and mend.name not in _originals)
 
 
 def undo(name: str) -> None:
-    """Take one applied mend back; does nothing if it was not applied. For the tests that prove it is needed."""
-    for original in reversed(_originals.pop(name, [])):
-        _put(original)
+    """Take one applied mend back, if it was applied. For the tests that prove it is needed."""
+    applied = list(_originals)
+    # Mends of one function wrap each other, so all come off and the others go on again.
+    for each in reversed(applied):
+        for original in reversed(_originals.pop(each)):
+            _put(original)
+    _apply(mend for mend in MENDS if mend.name in applied and mend.name != name)
+
+
+def _apply(mends: Iterable[Mend]) -> None:
+    for mend in mends:
+        _originals[mend.name] = [_put(each) for each in mend.replacements()]
 
 
 def _put(new: Replacement) -> Replacement:

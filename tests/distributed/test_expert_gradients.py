@@ -4,13 +4,14 @@ Covers Megatron's own model, DDP, optimizers and gradient norm with attention an
 Leaves out context parallelism and mtrl's own layers.
 """
 
-import importlib.metadata
+import importlib
 import zlib
 from typing import Any
 
 import pytest
 import torch
 
+from mtrl.parallel import megatron_mends
 from tests.distributed.world import World
 
 LAYOUTS = [
@@ -27,6 +28,10 @@ LAYOUTS = [
 ONLY_ETP_DIFFERS = ["megatron:t2", "megatron:(attn:d2|ffn:t2)"]
 VOCAB_SIZE, HIDDEN_SIZE, SEQUENCE_LENGTH, NUM_SEQUENCES, NUM_EXPERTS = 64, 32, 16, 8, 4
 NUM_STEPS, NUM_LAYERS = 2, 2
+
+
+def is_needed(mend: str) -> bool:
+    return next(each for each in megatron_mends.MENDS if each.name == mend).is_needed
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
@@ -94,7 +99,7 @@ def build(groups: Any) -> Any:
 
 
 def pieces(model: Any, groups: Any) -> dict[str, tuple[Any, int, int, int]]:
-    """Of each parameter, under its global name: itself, the dim it is cut along, this rank's part, the parts."""
+    """By global name: a parameter, the dim it is cut along, which part this rank has, of how many."""
     found = {}
     for name, parameter in model.named_parameters():
         is_expert = ".local_experts." in name
@@ -108,7 +113,7 @@ def pieces(model: Any, groups: Any) -> dict[str, tuple[Any, int, int, int]]:
             num_local = NUM_EXPERTS // groups.ffn.ep.size()
             name = f"{head}.experts.{groups.ffn.ep.rank() * num_local + int(local)}.{rest}"
         group = groups.ffn.etp if is_expert else groups.attn.tp
-        is_cut = getattr(parameter, "tensor_model_parallel", False) and "layernorm" not in name
+        is_cut = getattr(parameter, "partition_dim", -1) >= 0
         dim = parameter.partition_dim if is_cut else 0
         found[name] = (parameter, dim, group.rank() if is_cut else 0, group.size() if is_cut else 1)
     return found
@@ -135,20 +140,29 @@ def forward_step(batches: Any, model: Any) -> Any:
     tokens = next(batches)
     positions = torch.arange(SEQUENCE_LENGTH).expand(tokens.shape[0], -1)
     losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
-    return losses, lambda output: (output.sum(), torch.tensor(output.numel()), {"loss": output.sum().detach()})
+    return losses, lambda output: (
+        output.sum(),
+        torch.tensor(output.numel()),
+        {"loss": output.sum().detach()},
+    )
 
 
-def forget_that_experts_are_tensor_parallel(model: Any) -> None:
-    """What Transformer Engine's grouped experts look like with etp 1; ColumnParallelLinear marks them always."""
-    for name, parameter in model.named_parameters():
-        if ".local_experts." in name:
+def build_experts_unmarked() -> None:
+    """From here on, experts are as Transformer Engine's grouped ones: nothing says that etp shards them."""
+    experts = importlib.import_module("megatron.core.transformer.moe.experts").SequentialMLP
+    original = experts.__init__
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for parameter in self.parameters():
             parameter.tensor_model_parallel = False
+
+    experts.__init__ = initialise
 
 
 def train(spec: str, distributed_optimizer: bool, without: list[str], unmarked: bool) -> dict[str, Any]:
     """Two steps of two microbatches; the first step's gradients and every step's gradient norm."""
     from mtrl.parallel import groups as parallel_groups
-    from mtrl.parallel import megatron_mends
     from mtrl.parallel.layout import RankLayout
     from mtrl.parallel.spec import parse_training_spec
 
@@ -162,9 +176,9 @@ def train(spec: str, distributed_optimizer: bool, without: list[str], unmarked: 
 
     groups = parallel_groups.create(RankLayout.from_spec(parse_training_spec(spec)))
     parallel_groups.seed_everything(1, groups)
-    model = build(groups)
     if unmarked:
-        forget_that_experts_are_tensor_parallel(model)
+        build_experts_unmarked()
+    model = build(groups)
     ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
@@ -172,7 +186,7 @@ def train(spec: str, distributed_optimizer: bool, without: list[str], unmarked: 
         pg_collection=groups.collection,
     )
     optimizer = get_megatron_optimizer(
-        # A large epsilon: Adam's first step is otherwise the sign of the gradient, which makes last bits large.
+        # A large epsilon: Adam's first step is otherwise the gradient's sign, which makes last bits large.
         OptimizerConfig(
             optimizer="adam",
             lr=1e-2,
@@ -276,26 +290,33 @@ def test_without_the_mend_exactly_its_versions_reduce_expert_gradients_wrongly(
         assert error < 1e-5
 
 
+# Experts that etp shards and that do not say so exist only in the versions whose mend marks them.
+UNMARKED = ["megatron:(attn:t2|ffn:e2)"] + ["megatron:(attn:d2|ffn:t2)"] * is_needed("expert_shards")
+
+
 @pytest.mark.parametrize("zero", [False, True], ids=["plain", "distributed optimizer"])
-def test_experts_not_marked_tensor_parallel_are_all_in_the_gradient_norm(
-    world: World, one_process: dict[str, Any], zero: bool
+@pytest.mark.parametrize("spec", UNMARKED)
+def test_experts_that_do_not_say_they_are_sharded_are_all_in_the_gradient_norm(
+    world: World, one_process: dict[str, Any], spec: str, zero: bool
 ) -> None:
-    for rank in run(world, "megatron:(attn:t2|ffn:e2)", 2, zero=zero, unmarked=True):
+    for rank in run(world, spec, 2, zero=zero, unmarked=True):
         assert rank["norms"] == pytest.approx(one_process["norms"], rel=1e-6)
 
 
-def test_without_the_mend_exactly_its_versions_leave_experts_out_of_the_gradient_norm(
+def test_without_the_mend_exactly_its_versions_leave_out_experts_of_other_ranks(
     world: World, one_process: dict[str, Any]
 ) -> None:
-    spec, without = "megatron:(attn:t2|ffn:e2)", ("expert_gradient_norm",)
-    norm = run(world, spec, 2, unmarked=True, without=without)[0]["norms"][0]
+    without = ("expert_gradient_norm",)
+    norm = run(world, "megatron:(attn:t2|ffn:e2)", 2, unmarked=True, without=without)[0]["norms"][0]
     if is_needed("expert_gradient_norm"):
         assert norm < 0.99 * one_process["norms"][0]
     else:
         assert norm == pytest.approx(one_process["norms"][0], rel=1e-6)
 
 
-def is_needed(mend: str) -> bool:
-    from mtrl.parallel import megatron_mends
-
-    return next(each for each in megatron_mends.MENDS if each.name == mend).is_needed
+def test_without_the_mend_unmarked_shards_of_experts_are_left_out(
+    world: World, one_process: dict[str, Any]
+) -> None:
+    without = ("expert_shards",)
+    norm = run(world, "megatron:(attn:d2|ffn:t2)", 2, unmarked=True, without=without)[0]["norms"][0]
+    assert norm < 0.99 * one_process["norms"][0]

@@ -1,4 +1,4 @@
-"""Each mend is needed by exactly the Megatron-Core versions it names. Expert gradients: test_expert_gradients.py."""
+"""Each mend is needed by exactly the Megatron-Core versions it names; experts': test_expert_gradients.py."""
 
 import importlib
 from collections.abc import Callable
@@ -81,7 +81,7 @@ USES: dict[str, Callable[[], None]] = {
     "mla_without_transformer_engine": build_latent_attention,
     "recompute_without_transformer_engine": recompute_an_output,
 }
-TESTED_ELSEWHERE = {"expert_gradients", "expert_gradient_norm"}
+TESTED_ELSEWHERE = {"expert_gradients", "expert_gradient_norm", "expert_shards"}
 
 
 def use(name: str, mended: bool) -> str:

@@ -1,7 +1,7 @@
 """Runs a function on every rank of a gloo world, cheaply and in isolation.
 
-Importing torch and Megatron takes seconds, so one *nursery* process imports them once and forks the ranks of every
-call: each call gets fresh processes (nothing to clean up between tests), at the cost of a fork. ::
+Importing torch and Megatron takes seconds, so one *nursery* process imports them once and forks the ranks of
+every call: each call gets fresh processes (nothing to clean up between tests), at the cost of a fork. ::
 
     def total(start: int) -> dict[str, object]:           # runs on every rank, torch.distributed started
         tensor = torch.full((2,), start + dist.get_rank())
@@ -11,8 +11,9 @@ call: each call gets fresh processes (nothing to clean up between tests), at the
     def test_total(world):
         results = world.run(total, {"start": 3}, size=4)      # one result a rank, in rank order
 
-The function is named by module and name, its arguments are JSON, its result is JSON in which tensors may stand
-anywhere (they travel as safetensors). A rank that raises, dies or hangs fails the call with that rank's traceback.
+The function is named by module and name, its arguments are JSON, its result is JSON in which tensors may
+stand anywhere (they travel as safetensors). A rank that raises, dies or hangs fails the call with that rank's
+traceback. A function imports vLLM itself: it starts threads, which a fork would lose.
 """
 
 import faulthandler
@@ -113,7 +114,7 @@ class World:
 
 
 def _start_nursery() -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.distributed.world"],
@@ -134,11 +135,8 @@ def _story(folder: Path, function: str, outcomes: list[str]) -> str:
     return "\n".join(lines)
 
 
-# --- the nursery and its ranks -----------------------------------------------------------------------------------
-
-
 def _serve() -> None:
-    """Read one request a line, fork its ranks, answer one outcome a rank; end when the parent closes the pipe."""
+    """The nursery: for each line read, fork a request's ranks and answer one outcome a rank."""
     # Whatever a library prints must not reach the pipe that carries answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -65,9 +65,7 @@ def test_what_is_answered_is_still_asked_by_megatron(answer: host.Answer) -> Non
 
 @pytest.mark.parametrize("constant", host.CONSTANTS)
 def test_every_replaced_constant_still_occurs_in_megatron(constant: str) -> None:
-    assert any(
-        f'"{constant}"' in source or f"'{constant}'" in source for source in megatron_files().values()
-    )
+    assert any(f'"{constant}"' in source or f"'{constant}'" in source for source in megatron_files().values())
 
 
 def test_no_megatron_call_has_a_keyword_that_is_a_replaced_constant() -> None:
