@@ -12,11 +12,10 @@ env:  ## make .venv with exact versions, CPU or CUDA parts as the machine has (P
 	@scripts/setup_env.sh $(VENV)
 
 quickstart: env  ## from nothing to a model that learned: SFT, then GRPO, on two processes; results in runs/quickstart
-	@scripts/launch.sh configs/quickstart.yaml if_exists=replace
+	@scripts/quickstart.sh
 
 quickstart-control: env  ## the same with shuffled rewards, which must not learn; results in runs/quickstart-control
-	@scripts/launch.sh configs/quickstart.yaml if_exists=replace \
-	  reward.name=shuffled:exact_match output_dir=runs/quickstart-control
+	@scripts/quickstart.sh reward.name=shuffled:exact_match output_dir=runs/quickstart-control
 
 test: env  ## everything CI runs: lint, types, all tests, the quickstart, the second Megatron-Core
 	@scripts/check.sh

@@ -32,7 +32,7 @@ step_engine() {
 }
 step_quickstart() {
   has_vllm || return 0
-  scripts/launch.sh configs/quickstart.yaml if_exists=replace output_dir=runs/check-quickstart \
+  scripts/quickstart.sh output_dir=runs/check-quickstart \
     && "$py" scripts/check_quickstart.py runs/check-quickstart/summary.json
 }
 step_ledger() { "$py" -m tests.ledger check "$MTRL_LEDGER"; }

@@ -20,6 +20,7 @@ READING_ORDER = (
     "parallel/device.py",
     "parallel/host.py",
     "parallel/megatron_mends.py",
+    "parallel/megatron_ready.py",
     "parallel/groups.py",
     "models/config.py",
     "models/boxes.py",
