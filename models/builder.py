@@ -13,23 +13,22 @@ from mtrl.models.weight_map import WeightMap, check_model_fits, padded_vocab_siz
 from mtrl.parallel.device import current_device
 from mtrl.parallel.groups import ParallelGroups
 
-# After groups: it has Megatron made usable on this machine.
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
-from megatron.core.models.gpt import GPTModel  # isort: skip
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend  # isort: skip
-from megatron.core.tensor_parallel import (  # isort: skip
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
-from megatron.core.transformer.enums import AttnMaskType  # isort: skip
-from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
-from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # isort: skip
-from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
-from megatron.core.transformer.transformer_layer import (  # isort: skip
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )

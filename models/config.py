@@ -119,5 +119,7 @@ def plain_rope_theta(config: Mapping[str, Any]) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ModelError(f"rope type {kind!r} is not supported for {config.get('architectures')}; only 'default'")
+        raise ModelError(
+            f"rope type {kind!r} is not supported for {config.get('architectures')}; only 'default'"
+        )
     return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))

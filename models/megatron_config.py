@@ -10,8 +10,7 @@ from mtrl.models.stages import Stages
 from mtrl.parallel.device import current_device
 from mtrl.parallel.groups import ParallelGroups
 
-# After groups: it has Megatron made usable on this machine.
-from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 Precision = Literal["fp32", "bf16"]
 

@@ -6,6 +6,9 @@ Legend: T tokens of a microbatch, S segments, L padded length of a bucket, H hea
 from dataclasses import dataclass
 
 import torch
+
+import mtrl.parallel.megatron_ready  # noqa: F401
+
 from megatron.core.packed_seq_params import PackedSeqParams
 
 

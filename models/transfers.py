@@ -81,4 +81,6 @@ def _cover(
         missing = rest
         if not missing:
             return found
-    raise WeightError(f"no rank holds {name}{[list(r) for r in missing[0].ranges]}, which rank {target} needs")
+    raise WeightError(
+        f"no rank holds {name}{[list(r) for r in missing[0].ranges]}, which rank {target} needs"
+    )

@@ -54,7 +54,9 @@ def check_model_fits(config: ModelConfig, spec: ParallelSpec) -> None:
     for size, ways, what, axis in needs:
         if size % ways:
             fits = [str(n) for n in range(1, size + 1) if size % n == 0 and n <= 2 * ways]
-            raise LayoutError(f"{spec}: {what} {size} cannot be split {axis}{ways} ways; use {', '.join(fits)}")
+            raise LayoutError(
+                f"{spec}: {what} {size} cannot be split {axis}{ways} ways; use {', '.join(fits)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

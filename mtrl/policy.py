@@ -3,6 +3,7 @@
 Legend: T tokens of a microbatch, V this rank's share of the vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,17 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mtrl.batch import Sample
 from mtrl.models.builder import Model
 from mtrl.models.packed import PackedSegments
-from mtrl.packing import PackedMicrobatch
+from mtrl.packing import PackedMicrobatch, pack, plan_microbatches
 from mtrl.parallel.device import current_device
 
-# After builder: it has Megatron made usable on this machine.
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # isort: skip
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+_ROW_MULTIPLE = 8  # so that rows of many lengths share kernels and allocations
 
 Sums = dict[str, Tensor]
-"""0-d tensors of one microbatch that add up over microbatches and ranks."""
+"""0-d tensors of one microbatch; those named ``*_max`` join by maximum, the others by sum."""
 
 
 class Loss(Protocol):
@@ -35,7 +38,6 @@ class Loss(Protocol):
     def __call__(self, logprobs_T: Tensor, microbatch: "Microbatch") -> tuple[Tensor, Sums]:
         """Return the loss summed over trained tokens, and the sums that ``names`` lists."""
         ...
-
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,6 +57,32 @@ class Microbatch:
         """Move a packed microbatch to this process's device and plan its attention."""
         device = current_device().torch_device
         return cls(packed=packed.to(device), segments=PackedSegments.from_lengths(_lengths(packed), device))
+
+
+def make_microbatches(
+    samples: Sequence[Sample], model: Model, *, max_tokens: int, pad_token_id: int
+) -> list[Microbatch]:
+    """This rank's microbatches of a global batch that every rank passes whole.
+
+    All ranks get equally many, padded to one length: Megatron's pipeline sends tensors of one shape, and
+    sequence parallelism wants a length that ``attn.tp`` divides.
+    """
+    spec, at = model.groups.layout.spec, model.groups.coordinates
+    lengths = [len(sample.tokens) for sample in samples]
+    plan = plan_microbatches(
+        lengths,
+        num_dp=spec.attn.dp,
+        max_tokens=max_tokens,
+        # Megatron's interleaved schedule wants as many microbatches as stages, or a multiple.
+        multiple_of=spec.attn.pp if len(model.chunks) > 1 else 1,
+    )
+    longest = max(sum(lengths[index] for index in row) for rank in plan for row in rank)
+    multiple = math.lcm(_ROW_MULTIPLE, spec.attn.tp)
+    pad_to = -(-max(longest, 1) // multiple) * multiple
+    return [
+        Microbatch.on_device(pack([samples[i] for i in row], pad_to=pad_to, pad_token_id=pad_token_id))
+        for row in plan[at.dp]
+    ]
 
 
 def _lengths(packed: PackedMicrobatch) -> list[int]:
@@ -78,7 +106,9 @@ def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, tempe
     if temperature != 1.0:
         logits_TV = logits_TV / temperature
     if padding:
-        is_padding_V = torch.arange(logits_TV.shape[-1], device=logits_TV.device) >= logits_TV.shape[-1] - padding
+        is_padding_V = (
+            torch.arange(logits_TV.shape[-1], device=logits_TV.device) >= logits_TV.shape[-1] - padding
+        )
         logits_TV = logits_TV.masked_fill(is_padding_V, torch.finfo(torch.float32).min)
     # Megatron's kernel works in place, [sequence, batch, vocabulary].
     nll = vocab_parallel_cross_entropy(logits_TV.clone().unsqueeze(1), targets_T.unsqueeze(1))
@@ -121,9 +151,7 @@ class Policy:
             torch.distributed.broadcast(result, group=pp, group_src=pp.size() - 1)
         return list(result)
 
-    def run(
-        self, microbatches: Sequence[Microbatch], loss: Loss, *, forward_only: bool
-    ) -> list[Sums]:
+    def run(self, microbatches: Sequence[Microbatch], loss: Loss, *, forward_only: bool) -> list[Sums]:
         """One pass of the schedule; the sums of each microbatch on the last stage, [] elsewhere.
 
         With backward, gradients are left in DDP's buffers, reduced and divided by the global count of
@@ -156,7 +184,10 @@ class Policy:
 
             def sum_loss(logits_1TV: Tensor) -> tuple[Tensor, Tensor, Sums]:
                 logprobs_T = target_logprobs(
-                    logits_1TV.squeeze(0), packed.targets_T, padding=self._padding, temperature=self.temperature
+                    logits_1TV.squeeze(0),
+                    packed.targets_T,
+                    padding=self._padding,
+                    temperature=self.temperature,
                 )
                 loss_sum, sums = loss(logprobs_T, microbatch)
                 num_tokens = packed.loss_mask_T.sum()

@@ -21,21 +21,20 @@ from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import NonFiniteError
 from mtrl.policy import Loss, Microbatch, Policy, Sums
 
-# After builder: it has Megatron made usable on this machine.
-from megatron.core.distributed import (  # isort: skip
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one optimizer step did. ``loss`` is the mean over trained tokens of the global batch.
 
-    ``sums`` are the loss function's own, added over all microbatches and ranks; ``grad_norm`` is the
+    ``sums`` are what the loss reports by name, joined over all microbatches and ranks; ``grad_norm`` is the
     global norm before clipping; ``lr`` is the rate this step used.
     """
 
@@ -127,7 +126,7 @@ class Trainer:
         self.optimizer.zero_grad()
         lr = float(self.optimizer.param_groups[0]["lr"])
         parts = self.policy.run(microbatches, loss, forward_only=False)
-        totals = self._add_up(parts, loss.names)
+        totals = self._join(parts, loss.names)
         loss_sum, num_tokens = totals.pop("loss_sum"), totals.pop("num_tokens")
         grad_sum = totals.pop("grad_sum")
         if not (math.isfinite(loss_sum) and math.isfinite(grad_sum)):
@@ -146,22 +145,29 @@ class Trainer:
             sums=totals,
         )
 
-    def _add_up(self, parts: Sequence[Sums], names: Sequence[str]) -> dict[str, float]:
-        """Add sums over microbatches and ranks, each microbatch once, and all gradients together.
+    def _join(self, parts: Sequence[Sums], names: Sequence[str]) -> dict[str, float]:
+        """Join sums (and maxima) over microbatches and ranks, each microbatch once.
 
-        The gradients' sum is only a probe: a NaN or infinity anywhere in a buffer is one in its sum.
+        ``grad_sum``, the sum of all gradients, is only a probe: a NaN or infinity anywhere in a buffer
+        is one in its sum.
         """
         at = self.model.groups.coordinates
-        counts_here = self.policy.is_last_stage and at.tp == 0 and at.cp == 0
-        names = ["loss_sum", "num_tokens", *names]
-        values = [sum(float(part[name]) for part in parts) if counts_here else 0.0 for name in names]
+        if not (self.policy.is_last_stage and at.tp == 0 and at.cp == 0):
+            parts = []
+        maxima = [name for name in names if name.endswith("_max")]
+        sums = ["loss_sum", "num_tokens", *(name for name in names if name not in maxima)]
         buffers = [
             buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ]
-        values.append(sum(float(buffer.grad_data.sum()) for buffer in buffers))
-        total = torch.tensor(values, dtype=torch.float64, device=current_device().torch_device)
-        dist.all_reduce(total)
-        return dict(zip([*names, "grad_sum"], total.tolist(), strict=True))
+        grad_sum = sum(float(buffer.grad_data.sum()) for buffer in buffers)
+        summed = _reduced(
+            [*(sum(float(part[name]) for part in parts) for name in sums), grad_sum], dist.ReduceOp.SUM
+        )
+        joined = dict(zip([*sums, "grad_sum"], summed, strict=True))
+        if maxima:
+            highest = [max((float(part[name]) for part in parts), default=-math.inf) for name in maxima]
+            joined.update(zip(maxima, _reduced(highest, dist.ReduceOp.MAX), strict=True))
+        return joined
 
     @contextmanager
     def weights_swapped(self, weights: Sequence[Tensor]) -> Iterator[None]:
@@ -181,3 +187,9 @@ class Trainer:
         with torch.no_grad():
             for parameter, value in zip(self.model.parameters().values(), weights, strict=True):
                 parameter.copy_(value)
+
+
+def _reduced(values: Sequence[float], op: Any) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=current_device().torch_device)
+    dist.all_reduce(tensor, op=op)
+    return tensor.tolist()

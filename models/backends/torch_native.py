@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from mtrl.models.boxes import Place
 from mtrl.models.config import ModelConfig
 from mtrl.models.packed import PackedSegments
 from mtrl.models.weight_map import Places
-from mtrl.parallel.megatron_version import MEGATRON_0_19
+from mtrl.parallel.megatron_ready import MEGATRON_0_19
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 _LAYER = "decoder.layers.{layer}."
 
@@ -59,9 +60,7 @@ class RMSNorm(nn.Module):
     each tensor parallel rank sees its share of the tokens, so Megatron sums the gradients.
     """
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))

@@ -53,7 +53,9 @@ def read_moe(hf: Mapping[str, Any]) -> ModelConfig:
     step, dense = int(hf.get("decoder_sparse_step", 1)), set(hf.get("mlp_only_layers") or ())
     num_layers = int(require(hf, "num_hidden_layers"))
     moe = MoeConfig(
-        num_experts=int(hf.get("num_local_experts") or require(hf, "num_experts")),  # transformers 5 renamed it
+        num_experts=int(
+            hf.get("num_local_experts") or require(hf, "num_experts")
+        ),  # transformers 5 renamed it
         top_k=int(require(hf, "num_experts_per_tok")),
         expert_hidden_size=int(require(hf, "moe_intermediate_size")),
         normalize_top_k=bool(hf.get("norm_topk_prob", False)),

@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face folders that transformers and vLLM open as they are."""

@@ -1,0 +1,95 @@
+"""Completions and rewards between ranks, as plain tensors.
+
+Each engine returns its own share of completions; every rank needs all of them to compute advantages and
+to agree on the division into microbatches without further talk.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtrl.batch import Completion, FinishReason
+from mtrl.parallel.device import current_device
+
+_REASONS: tuple[FinishReason, ...] = ("stop", "length")
+_HEADER = 6  # prompt_id, sample_index, policy_version, reason, num tokens, num text bytes
+
+
+def all_gather_ragged(values: Tensor) -> list[Tensor]:
+    """Every rank's 1-d tensor, in rank order; lengths may differ. Collective over WORLD."""
+    device = current_device().torch_device
+    length = torch.tensor([values.numel()], dtype=torch.int64, device=device)
+    lengths = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(lengths, length)
+    padded = torch.zeros(max(1, int(lengths.max())), dtype=values.dtype, device=device)
+    padded[: values.numel()] = values.to(device)
+    gathered = torch.empty(len(lengths) * padded.numel(), dtype=values.dtype, device=device)
+    dist.all_gather_into_tensor(gathered, padded)
+    gathered = gathered.view(len(lengths), -1)
+    return [row[:size].cpu() for row, size in zip(gathered, lengths.tolist(), strict=True)]
+
+
+def all_gather_completions(own: Sequence[Completion]) -> list[Completion]:
+    """All ranks' completions, ordered by prompt id, then sample index. Collective over WORLD."""
+    integers: list[int] = []
+    logprobs: list[float] = []
+    for each in own:
+        text = each.text.encode()
+        header = (each.prompt_id, each.sample_index, each.policy_version, _REASONS.index(each.finish_reason))
+        integers.extend((*header, len(each.tokens), len(text), *each.tokens, *text))
+        logprobs.extend(each.logprobs)
+    all_integers = all_gather_ragged(torch.tensor(integers, dtype=torch.int64))
+    all_logprobs = all_gather_ragged(torch.tensor(logprobs, dtype=torch.float32))
+    found = [
+        completion
+        for integers_here, logprobs_here in zip(all_integers, all_logprobs, strict=True)
+        for completion in _decode(integers_here.tolist(), logprobs_here.tolist())
+    ]
+    return sorted(found, key=lambda each: (each.prompt_id, each.sample_index))
+
+
+def _decode(integers: list[int], logprobs: list[float]) -> list[Completion]:
+    found: list[Completion] = []
+    at = taken = 0
+    while at < len(integers):
+        prompt_id, sample_index, version, reason, num_tokens, num_bytes = integers[at : at + _HEADER]
+        text_start = at + _HEADER + num_tokens
+        found.append(
+            Completion(
+                prompt_id=prompt_id,
+                sample_index=sample_index,
+                tokens=tuple(integers[at + _HEADER : text_start]),
+                logprobs=tuple(logprobs[taken : taken + num_tokens]),
+                finish_reason=_REASONS[reason],
+                policy_version=version,
+                text=bytes(integers[text_start : text_start + num_bytes]).decode(),
+            )
+        )
+        at, taken = text_start + num_bytes, taken + num_tokens
+    return found
+
+
+def broadcast_floats(values: Sequence[float], length: int) -> list[float]:
+    """Rank 0's values on every rank; other ranks pass anything. Collective over WORLD."""
+    device = current_device().torch_device
+    tensor = torch.zeros(length, dtype=torch.float64, device=device)
+    if dist.get_rank() == 0:
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.broadcast(tensor, src=0)
+    return tensor.tolist()
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of all ranks' values. Collective over WORLD."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=current_device().torch_device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def sum_over_ranks(value: float) -> float:
+    """The sum of all ranks' values. Collective over WORLD."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=current_device().torch_device)
+    dist.all_reduce(tensor)
+    return float(tensor)

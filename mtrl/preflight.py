@@ -1,0 +1,157 @@
+"""Everything that can be checked before a process group exists: config, ranks, packages, model, data.
+
+``prepare`` is run by every rank alike, reads only small files, and either returns a ``Job`` whose parts
+fit each other or raises an error for the person who typed the command.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtrl.batch import Prompt, Sample
+from mtrl.config import Config
+from mtrl.config_check import actor_spec, check_config, check_packages, rollout_spec
+from mtrl.data.load import load_prompts, load_samples
+from mtrl.models.config import ModelConfig
+from mtrl.models.families import load_model_config
+from mtrl.models.stages import Stages
+from mtrl.models.weight_map import check_model_fits
+from mtrl.parallel.errors import ConfigError, LayoutError, ModelError
+from mtrl.parallel.spec import ParallelSpec, RolloutSpec
+from mtrl.rewards import Reward, load_reward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run whose inputs have been read and fit each other. ``rollout`` is None for SFT.
+
+    ``reward`` scores training completions, ``eval_reward`` held-out ones (they differ only in the control
+    run with shuffled rewards).
+    """
+
+    config: Config
+    actor: ParallelSpec
+    rollout: RolloutSpec | None
+    model: ModelConfig
+    tokenizer: Any
+    train_prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    train_samples: Sequence[Sample]
+    warm_start_samples: Sequence[Sample]
+    reward: Reward | None
+    eval_reward: Reward | None
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion: the tokenizer's end of sequence."""
+        return (int(self.tokenizer.eos_token_id),)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows; any token does, since padding is never attended to."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt with its completion, in tokens, in training and evaluation."""
+        config = self.config
+        longest = max((len(p.tokens) for p in (*self.train_prompts, *self.eval_prompts)), default=0)
+        return longest + max(config.rollout.max_new_tokens, config.eval_max_new_tokens)
+
+
+def prepare(config: Config, world_size: int) -> Job:
+    """Check everything and read the data. Not collective.
+
+    Raises:
+        ConfigError, SpecError, LayoutError, ModelError, DataError, MissingPackageError: what was given,
+            what is needed, and the fix.
+    """
+    check_config(config, world_size)
+    check_packages(config)
+    actor = actor_spec(config)
+    model = _check_model(config, actor)
+    tokenizer = _load_tokenizer(config.tokenizer_path, config.model.trust_remote_code)
+    is_grpo = config.algorithm.name == "grpo"
+    longest = config.algorithm.max_tokens_per_microbatch
+
+    def prompts(path: str | None, limit: int | None = None) -> Sequence[Prompt]:
+        if path is None or not is_grpo:
+            return ()
+        size = config.max_prompt_length
+        return load_prompts(
+            Path(path), tokenizer, max_prompt_length=size, limit=limit, overlong=config.data.overlong
+        )
+
+    def samples(path: str | None) -> Sequence[Sample]:
+        if path is None:
+            return ()
+        return load_samples(Path(path), tokenizer, max_length=longest, overlong=config.data.overlong)
+
+    warm_start = config.algorithm.warm_start if is_grpo else None
+    job = Job(
+        config=config,
+        actor=actor,
+        rollout=rollout_spec(config) if is_grpo else None,
+        model=model,
+        tokenizer=tokenizer,
+        train_prompts=prompts(config.data.train),
+        eval_prompts=prompts(config.data.eval, config.evaluation.num_prompts),
+        train_samples=() if is_grpo else samples(config.data.train),
+        warm_start_samples=samples(config.data.warm_start) if warm_start else (),
+        reward=load_reward(config.reward.name, seed=config.seed) if is_grpo else None,
+        eval_reward=load_reward(config.reward.name.removeprefix("shuffled:"), seed=config.seed)
+        if is_grpo
+        else None,
+    )
+    _check_lengths(job)
+    return job
+
+
+def _check_model(config: Config, actor: ParallelSpec) -> ModelConfig:
+    if config.model.backend == "transformer_engine":
+        raise ConfigError("model.backend: transformer_engine is not built yet; use auto or torch_native")
+    if actor.attn.cp > 1:
+        raise LayoutError(f"actor.backend: {actor} asks for context parallelism (c), which is not built yet")
+    model = load_model_config(Path(config.model.path or config.model.init or ""))
+    check_model_fits(model, actor)
+    Stages.balanced(model.num_layers, actor.attn.pp, config.actor.virtual_pipeline_size or 1)
+    if config.algorithm.name == "grpo":
+        tp = rollout_spec(config).tp
+        if model.num_kv_heads % tp or model.num_attention_heads % tp:
+            raise LayoutError(
+                f"rollout.backend: t{tp} does not divide {model.num_attention_heads} attention heads "
+                f"and {model.num_kv_heads} KV heads"
+            )
+    return model
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ModelError(f"no tokenizer at {folder}; set model.tokenizer to a folder with tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer at {folder} has no eos_token, so completions could not end")
+    return tokenizer
+
+
+def _check_lengths(job: Job) -> None:
+    """Check token ids and lengths against the model."""
+    vocabulary = len(job.tokenizer)
+    if vocabulary > job.model.vocab_size:
+        raise ModelError(
+            f"the tokenizer at {job.config.tokenizer_path} has {vocabulary} tokens, the model's vocab_size is "
+            f"{job.model.vocab_size}; they are not of one model"
+        )
+    every = (*job.train_samples, *job.warm_start_samples)
+    longest = max((len(sample.tokens) for sample in every), default=0)
+    if job.rollout is not None:
+        longest = max(longest, job.max_model_len)
+    if longest > job.model.max_position_embeddings:
+        raise LayoutError(
+            f"sequences of up to {longest} tokens, but the model's max_position_embeddings is "
+            f"{job.model.max_position_embeddings}; lower rollout.max_new_tokens or data.max_prompt_length"
+        )

@@ -1,0 +1,74 @@
+"""The phases of a run, in order."""
+
+from mtrl.preflight import Job
+from mtrl.progress import ComparisonRow, print_comparison
+from mtrl.rl import train_rl
+from mtrl.run_folder import RunFolder
+from mtrl.session import Session, open_session
+from mtrl.sft import train_sft
+
+
+def run(job: Job, folder: RunFolder, started_at: float) -> None:
+    """Train as the config says, evaluate, save. Collective over all processes of the job."""
+    with open_session(job, folder, started_at) as session:
+        if job.config.algorithm.name == "sft":
+            _sft(session)
+        else:
+            _grpo(session)
+        session.finish()
+    if folder.is_writer:
+        _print_end(session)
+
+
+def _sft(session: Session) -> None:
+    algorithm, optimizer = session.job.config.algorithm, session.job.config.actor.optimizer
+    session.trainer.start_phase(
+        total_steps=algorithm.total_steps, lr=optimizer.lr, warmup_steps=optimizer.warmup_steps
+    )
+    train_sft(
+        session,
+        session.job.train_samples,
+        total_steps=algorithm.total_steps,
+        samples_per_step=algorithm.samples_per_step or 1,
+        checkpoint_every=session.job.config.checkpoint.every_steps,
+    )
+
+
+def _grpo(session: Session) -> None:
+    algorithm, optimizer = session.job.config.algorithm, session.job.config.actor.optimizer
+    assert session.sampling is not None
+    session.sampling.take_over_weights()
+    session.evaluate("accuracy_before", "sft" if algorithm.warm_start else "grpo")
+    if warm_start := algorithm.warm_start:
+        session.trainer.start_phase(
+            total_steps=warm_start.total_steps,
+            lr=warm_start.learning_rate,
+            warmup_steps=warm_start.warmup_steps,
+        )
+        train_sft(
+            session,
+            session.job.warm_start_samples,
+            total_steps=warm_start.total_steps,
+            samples_per_step=warm_start.samples_per_step,
+            checkpoint_every=0,
+        )
+        session.sampling.take_over_weights()
+        session.evaluate("accuracy_after_sft", "sft")
+    session.trainer.start_phase(
+        total_steps=algorithm.total_steps * algorithm.minibatches_per_step,
+        lr=optimizer.lr,
+        warmup_steps=optimizer.warmup_steps,
+    )
+    train_rl(session)
+    session.evaluate("accuracy_after_grpo", "grpo")
+
+
+def _print_end(session: Session) -> None:
+    summary = session.summary
+    before, after = summary.get("accuracy_after_sft", summary.get("accuracy_before")), None
+    after = summary.get("accuracy_after_grpo")
+    if isinstance(before, float) and isinstance(after, float):
+        row = ComparisonRow(name="held-out accuracy (greedy)", before=f"{before:.1%}", after=f"{after:.1%}")
+        print_comparison("What GRPO did", [row])
+        print(f"plot:   {session.folder.plot_path}")
+    print(f"model:  {summary['model_path']}")

@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: imitate the trained tokens of the samples, by maximum likelihood."""
+
+from collections.abc import Sequence
+
+from mtrl.batch import Sample
+from mtrl.data.order import DataCursor
+from mtrl.metrics import StepMetrics
+from mtrl.objectives import SftLoss
+from mtrl.session import Session
+
+
+def train_sft(
+    session: Session,
+    samples: Sequence[Sample],
+    *,
+    total_steps: int,
+    samples_per_step: int,
+    checkpoint_every: int,
+) -> None:
+    """Run ``total_steps`` of SFT over shuffled epochs of ``samples``. Collective over WORLD."""
+    trainer, loss = session.trainer, SftLoss()
+    cursor = DataCursor(num_records=len(samples), seed=session.job.config.seed)
+    session.progress.start_phase("sft", total_steps)
+    for step in range(1, total_steps + 1):
+        watch = session.stopwatch()
+        indices, cursor = cursor.take(samples_per_step)
+        with watch("train_s"):
+            result = trainer.step(session.microbatches([samples[i] for i in indices]), loss)
+        session.step += 1
+        metrics = StepMetrics(
+            step=session.step,
+            phase="sft",
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            num_tokens=result.num_tokens,
+            seconds=watch.read(),
+        )
+        session.writer.write_step(metrics)
+        session.progress.update(metrics)
+        if session.is_due(checkpoint_every, step, total_steps):
+            session.save()
