@@ -160,65 +160,71 @@ def build_experts_unmarked() -> None:
     experts.__init__ = initialise
 
 
-def train(spec: str, distributed_optimizer: bool, without: list[str], unmarked: bool) -> dict[str, Any]:
-    """Two steps of two microbatches; the first step's gradients and every step's gradient norm."""
+def prepare(spec: str, distributed_optimizer: bool) -> tuple[Any, Any, Any]:
+    """The groups, the model under DDP and its optimizer."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
     from mtrl.parallel import groups as parallel_groups
     from mtrl.parallel.layout import RankLayout
     from mtrl.parallel.spec import parse_training_spec
 
-    for name in without:
-        megatron_mends.undo(name)
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    groups = parallel_groups.create(RankLayout.from_spec(parse_training_spec(spec)))
+    parallel_groups.seed_everything(1, groups)
+    model = build(groups)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer)
+    ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.collection)
+    # A large epsilon: Adam's first step is otherwise the gradient's sign, which makes last bits large.
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-2,
+        adam_eps=1e-2,
+        clip_grad=1.0,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(
+        config, [ddp], use_gloo_process_groups=False, pg_collection=groups.collection
+    )
+    return groups, ddp, optimizer
+
+
+def accumulate(groups: Any, ddp: Any) -> None:
+    """Gradients of the global batch in two microbatches, by Megatron's schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    groups = parallel_groups.create(RankLayout.from_spec(parse_training_spec(spec)))
-    parallel_groups.seed_everything(1, groups)
+    microbatches = my_tokens(groups).chunk(2)
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=[ddp],
+        num_microbatches=len(microbatches),
+        seq_length=SEQUENCE_LENGTH,
+        micro_batch_size=microbatches[0].shape[0],
+        forward_only=False,
+        p2p_communicator=P2PCommunicator(pp_group=groups.attn.pp, config=ddp.module.config),
+        pg_collection=groups.collection,
+    )
+
+
+def train(spec: str, distributed_optimizer: bool, without: list[str], unmarked: bool) -> dict[str, Any]:
+    """Two steps; the first step's gradients (not of the distributed optimizer) and every gradient norm."""
+    for name in without:
+        megatron_mends.undo(name)
     if unmarked:
         build_experts_unmarked()
-    model = build(groups)
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
-        model,
-        pg_collection=groups.collection,
-    )
-    optimizer = get_megatron_optimizer(
-        # A large epsilon: Adam's first step is otherwise the gradient's sign, which makes last bits large.
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-2,
-            adam_eps=1e-2,
-            clip_grad=1.0,
-            use_distributed_optimizer=distributed_optimizer,
-        ),
-        [ddp],
-        use_gloo_process_groups=False,
-        pg_collection=groups.collection,
-    )
-    model.config.finalize_model_grads_func = finalize_model_grads
+    groups, ddp, optimizer = prepare(spec, distributed_optimizer)
     gradients, norms = {}, []
     for step in range(NUM_STEPS):
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        microbatches = my_tokens(groups).chunk(2)
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=[ddp],
-            num_microbatches=len(microbatches),
-            seq_length=SEQUENCE_LENGTH,
-            micro_batch_size=microbatches[0].shape[0],
-            forward_only=False,
-            p2p_communicator=P2PCommunicator(pp_group=groups.attn.pp, config=model.config),
-            pg_collection=groups.collection,
-        )
+        accumulate(groups, ddp)
         if step == 0 and not distributed_optimizer:
             gradients = {
                 name: {"gradient": parameter.main_grad.clone(), "dim": dim, "index": index, "parts": parts}
-                for name, (parameter, dim, index, parts) in pieces(model, groups).items()
+                for name, (parameter, dim, index, parts) in pieces(ddp.module, groups).items()
             }
         norms.append(float(optimizer.step()[1]))
     return {"gradients": gradients, "norms": norms}
