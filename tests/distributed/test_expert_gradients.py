@@ -162,13 +162,13 @@ def build_experts_unmarked() -> None:
 
 def prepare(spec: str, distributed_optimizer: bool) -> tuple[Any, Any, Any]:
     """The groups, the model under DDP and its optimizer."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
     from mtrl.parallel import groups as parallel_groups
     from mtrl.parallel.layout import RankLayout
     from mtrl.parallel.spec import parse_training_spec
+
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     groups = parallel_groups.create(RankLayout.from_spec(parse_training_spec(spec)))
     parallel_groups.seed_everything(1, groups)
