@@ -100,7 +100,7 @@ def _build_chunk(
 ) -> nn.Module:
     pp_rank = groups.coordinates.pp
     layers = stages.chunk_layers(pp_rank, chunk)
-    model = GPTModel(
+    model: nn.Module = GPTModel(
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=[_layer_spec(config, is_moe=layer in config.moe_layers) for layer in layers],

@@ -57,7 +57,8 @@ def check_coverage(tensors: Tensors, weights: RankWeights) -> None:
             elements are covered twice or not at all.
     """
     covered: dict[tuple[int, str], list[Box]] = {}
-    for entry in (*weights.pieces, *weights.paddings):
+    entries: list[Piece | Padding] = [*weights.pieces, *weights.paddings]
+    for entry in entries:
         key = (entry.chunk, entry.local.name)
         if key not in tensors:
             raise WeightError(f"the weight table names {entry.local.name}, which this model does not have")

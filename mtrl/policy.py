@@ -6,7 +6,7 @@ Legend: T tokens of a microbatch, V this rank's share of the vocabulary.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Loss(Protocol):
     pipeline stage sees one.
     """
 
-    names: tuple[str, ...]
+    names: ClassVar[tuple[str, ...]]
 
     def __call__(self, logprobs_T: Tensor, microbatch: "Microbatch") -> tuple[Tensor, Sums]:
         """Return the loss summed over trained tokens, and the sums that ``names`` lists."""
@@ -111,7 +111,7 @@ def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, tempe
         )
         logits_TV = logits_TV.masked_fill(is_padding_V, torch.finfo(torch.float32).min)
     # Megatron's kernel works in place, [sequence, batch, vocabulary].
-    nll = vocab_parallel_cross_entropy(logits_TV.clone().unsqueeze(1), targets_T.unsqueeze(1))
+    nll: Tensor = vocab_parallel_cross_entropy(logits_TV.clone().unsqueeze(1), targets_T.unsqueeze(1))
     return -nll.squeeze(1)
 
 
@@ -202,7 +202,7 @@ class Policy:
 class _KeepLogprobs:
     """Not a loss: hands the log-probabilities out of the schedule."""
 
-    names = ("logprobs",)
+    names: ClassVar[tuple[str, ...]] = ("logprobs",)
 
     def __call__(self, logprobs_T: Tensor, microbatch: Microbatch) -> tuple[Tensor, Sums]:
         return logprobs_T.new_zeros(()), {"logprobs": logprobs_T}

@@ -143,8 +143,8 @@ def _check_lengths(job: Job) -> None:
     vocabulary = len(job.tokenizer)
     if vocabulary > job.model.vocab_size:
         raise ModelError(
-            f"the tokenizer at {job.config.tokenizer_path} has {vocabulary} tokens, the model's vocab_size is "
-            f"{job.model.vocab_size}; they are not of one model"
+            f"the tokenizer at {job.config.tokenizer_path} has {vocabulary} tokens, the model's vocab_size "
+            f"is {job.model.vocab_size}; they are not of one model"
         )
     every = (*job.train_samples, *job.warm_start_samples)
     longest = max((len(sample.tokens) for sample in every), default=0)

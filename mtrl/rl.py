@@ -99,7 +99,7 @@ def sampling_settings(config: Config, stop_token_ids: tuple[int, ...]) -> Sampli
 def next_prompts(
     prompts: Sequence[Prompt], cursor: DataCursor, count: int
 ) -> tuple[list[Prompt], DataCursor]:
-    """The next prompts in shuffled epochs. Their ids count epochs too: each is drawn with seeds of its own."""
+    """The next prompts in shuffled epochs. Their ids count epochs too, so that each has its own seeds."""
     position = cursor.epoch * cursor.num_records + cursor.index
     indices, cursor = cursor.take(count)
     epochs = [(position + n) // cursor.num_records for n in range(count)]
@@ -171,7 +171,7 @@ def check_mismatch(metrics: StepMetrics, max_k3_kl: float) -> None:
         return
     raise MismatchError(
         f"step {metrics.step}: k3_kl between sampler and trainer is {metrics.k3_kl:.3g} nats a token, above "
-        f"algorithm.max_k3_kl = {max_k3_kl:g} (largest difference {metrics.logprob_abs_diff_max:.3g}). Either "
-        "the engine's numbers differ (rollout.dtype against model.precision) or its weights are not the "
+        f"algorithm.max_k3_kl = {max_k3_kl:g} (largest difference {metrics.logprob_abs_diff_max:.3g}). "
+        "Either the engine's numbers differ (rollout.dtype against model.precision) or its weights are not the "
         "trainer's; raise the bound only if you know the cause."
     )

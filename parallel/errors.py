@@ -5,7 +5,7 @@
     MtrlError
     ├── SpecError            (ValueError)          an allocation string is wrong; carries text and column
     ├── ConfigError          (ValueError)          a config key, value or combination of them
-    ├── LayoutError          (ValueError)          a spec against the world size, the model or the sequence length
+    ├── LayoutError          (ValueError)          a spec against the ranks, the model or the lengths
     ├── DataError            (ValueError)          a data file; names file and line
     ├── ModelError           (ValueError)          a model folder or config that cannot be used
     │   └── UnknownFamilyError                     no family for this architecture; lists those there are

@@ -137,10 +137,11 @@ class PackedRotary(RotaryEmbedding):  # type: ignore[misc]
     def forward(self, max_seq_len: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Frequencies [T, 1, 1, D] of packed segments, or Megatron's own for a length."""
         if not isinstance(max_seq_len, PackedSegments):
-            return super().forward(max_seq_len, *args, **kwargs)
+            dense: torch.Tensor = super().forward(max_seq_len, *args, **kwargs)
+            return dense
         assert max_seq_len.positions_T is not None
         positions_T = max_seq_len.positions_T.to(self.inv_freq.dtype)
-        freqs = torch.outer(positions_T, self.inv_freq)
+        freqs: torch.Tensor = torch.outer(positions_T, self.inv_freq)
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
 
 
