@@ -172,6 +172,6 @@ def check_mismatch(metrics: StepMetrics, max_k3_kl: float) -> None:
     raise MismatchError(
         f"step {metrics.step}: k3_kl between sampler and trainer is {metrics.k3_kl:.3g} nats a token, above "
         f"algorithm.max_k3_kl = {max_k3_kl:g} (largest difference {metrics.logprob_abs_diff_max:.3g}). "
-        "Either the engine's numbers differ (rollout.dtype against model.precision) or its weights are not the "
-        "trainer's; raise the bound only if you know the cause."
+        "Either the engine's numbers differ (rollout.dtype against model.precision) or its weights are not "
+        "the trainer's; raise the bound only if you know the cause."
     )
