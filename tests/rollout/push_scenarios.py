@@ -1,0 +1,181 @@
+"""What ranks run for the tests of the push: train layouts against engine layouts, three updates each."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtrl.batch import Completion, Prompt
+from mtrl.config import OptimizerSection
+from mtrl.exchange import max_over_ranks
+from mtrl.models.builder import Model, build_model
+from mtrl.models.families import family_of
+from mtrl.models.gather import held_boxes
+from mtrl.models.hf import export_hf, initialize
+from mtrl.objectives import SftLoss
+from mtrl.parallel import groups
+from mtrl.parallel.layout import RankLayout
+from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec
+from mtrl.policy import Microbatch, make_microbatches
+from mtrl.rl import to_samples
+from mtrl.rollout.protocol import SamplingSettings
+from mtrl.rollout.sampler import sample_on_all
+from mtrl.rollout.vllm_engine import VllmEngine
+from mtrl.trainer import Trainer
+from mtrl.weight_push.push import WeightPush
+from tests.rollout.toys import build_toy, logprob_difference, toy_prompts, write_folder
+
+NUM_UPDATES = 3
+# The long prompt spans two blocks of 128 tokens of the prefix cache: a stale block would show.
+PROMPTS = toy_prompts(5, 19, 33, 150)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A train layout against an engine layout; what is not named is as in most runs."""
+
+    actor: str
+    rollout: str
+    kind: str = "moe"
+    tied: bool = False
+    num_chunks: int = 1
+    expert_parallel: bool = False
+    temperature: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """A short description for test names."""
+        flags = [
+            *(["dense"] if self.kind == "dense" else []),
+            *(["tied"] if self.tied else []),
+            *([f"vpp{self.num_chunks}"] if self.num_chunks > 1 else []),
+            *(["expert_parallel"] if self.expert_parallel else []),
+            *([f"temperature{self.temperature}"] if self.temperature != 1.0 else []),
+        ]
+        return " ".join([self.actor, self.rollout, *flags])
+
+
+CASES = {
+    2: (
+        Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:d2"),
+        Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:t2", expert_parallel=True, temperature=0.7),
+        Case(actor="megatron:t2", rollout="vllm:d2", tied=True),
+        Case(actor="megatron:(attn:t2|ffn:e2)", rollout="vllm:t2"),
+        Case(actor="megatron:p2", rollout="vllm:d2", tied=True),
+        Case(actor="megatron:p2", rollout="vllm:t2", num_chunks=2),
+        Case(actor="megatron:d2", rollout="vllm:t2", kind="dense", tied=True),
+    ),
+    4: (
+        Case(actor="megatron:(attn:d2t2|ffn:e4)", rollout="vllm:d2t2", expert_parallel=True),
+        Case(actor="megatron:(attn:p2t2|ffn:p2e2)", rollout="vllm:d4"),
+    ),
+}
+
+
+def pushes(folder: str) -> dict[str, Any]:
+    """Every case of this world's size, one after the other in the same processes."""
+    return {case.name: run_case(case, Path(folder) / str(n)) for n, case in enumerate(_cases())}
+
+
+def _cases() -> tuple[Case, ...]:
+    return CASES[dist.get_world_size()]
+
+
+def run_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Push, sample, compare with trainer and transformers, update; three times."""
+    config = _config_folder(case, folder)
+    parallel = groups.create(
+        RankLayout.from_spec(parse_training_spec(case.actor)), virtual_pipeline_size=case.num_chunks
+    )
+    groups.seed_everything(1, parallel)
+    model = build_model(config, parallel, num_chunks=case.num_chunks)
+    initialize(model, seed=3)
+    trainer = Trainer(model, OptimizerSection(lr=0.02, beta2=0.99), temperature=case.temperature)
+    trainer.start_phase(total_steps=NUM_UPDATES, lr=0.02, warmup_steps=0)
+    engine = VllmEngine.create(
+        folder, parse_rollout_spec(case.rollout), max_model_len=200, max_num_seqs=32, dtype="float32", seed=0,
+        kv_cache_bytes=16 << 20, expert_parallel=case.expert_parallel,
+    )  # fmt: skip
+    push = WeightPush(model, engine, torch.float32)
+    found = [
+        _update(case, folder / f"v{version}", version, model, trainer, engine, push)
+        for version in range(1, NUM_UPDATES + 1)
+    ]
+    engine.shutdown()
+    groups.destroy()
+    return {"updates": found, "lacking_bytes": 4 * _num_lacking(model)}
+
+
+def _update(
+    case: Case,
+    folder: Path,
+    version: int,
+    model: Model,
+    trainer: Trainer,
+    engine: VllmEngine,
+    push: WeightPush,
+) -> dict[str, Any]:
+    sampling = SamplingSettings(
+        temperature=case.temperature, top_p=1.0, max_new_tokens=8, num_samples=2, stop_token_ids=()
+    )
+    received = push.run(policy_version=version)
+    completions = sample_on_all(engine, PROMPTS, sampling, seed=5)
+    samples = to_samples(PROMPTS, completions, [0.0] * len(completions))
+    batch = make_microbatches(samples, model, max_tokens=200, pad_token_id=0)
+    logprobs = trainer.policy.logprobs(batch)
+    export_hf(model, folder)
+    trainer.step(batch, SftLoss())
+    sampled = [each.packed.sampler_logprobs_T for each in batch]
+    return {
+        "trainer": _largest_difference(batch, logprobs, sampled),
+        "moved": _largest_difference(batch, trainer.policy.logprobs(batch), sampled),
+        "transformers": _transformers_difference(case, folder, completions) if dist.get_rank() == 0 else 0.0,
+        "versions": sorted({each.policy_version for each in completions}),
+        "tokens": [list(each.tokens) for each in completions],
+        "received": received,
+    }
+
+
+def _largest_difference(batch: list[Microbatch], left: list[Tensor], right: list[Tensor]) -> float:
+    """Over the trained tokens of all ranks."""
+    worst = 0.0
+    for each, left_T, right_T in zip(batch, left, right, strict=True):
+        difference_T = (left_T - right_T)[each.packed.loss_mask_T].abs()
+        worst = max(worst, float(difference_T.max()) if difference_T.numel() else 0.0)
+    return max_over_ranks(worst)
+
+
+def _transformers_difference(case: Case, folder: Path, completions: list[Completion]) -> float:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts: list[Prompt] = list(PROMPTS)
+    return logprob_difference(reference, prompts, completions, temperature=case.temperature)
+
+
+def _config_folder(case: Case, folder: Path) -> Any:
+    """Write the toy's config with four layers, so that two virtual stages of two ranks have one each."""
+    if dist.get_rank() == 0:
+        write_folder(build_toy("dense" if case.kind == "dense" else "moe", seed=0, tied=case.tied), folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"num_hidden_layers": 4, "max_window_layers": 4, "layer_types": ["full_attention"] * 4}
+        (folder / "config.json").write_text(json.dumps(config))
+    dist.barrier()
+    hf_config = json.loads((folder / "config.json").read_text())
+    return family_of(hf_config).read_config(hf_config)
+
+
+def _num_lacking(model: Model) -> int:
+    """Elements of the checkpoint that this rank does not hold, counted one by one."""
+    held = held_boxes(model.weight_map)[model.groups.rank]
+    num_lacking = 0
+    for name, shape in model.weight_map.hf_shapes().items():
+        lacks = torch.ones(shape, dtype=torch.bool)
+        for box in held.get(name, ()):
+            lacks[box.slices] = False
+        num_lacking += int(lacks.sum())
+    return num_lacking

@@ -1,0 +1,74 @@
+"""The engine holds the trainer's weights after every push, whatever the two layouts.
+
+Numbers come from three programs: the trainer's own forward, the engine, and transformers on what
+``export_hf`` wrote. Between pushes the weights move by a step large enough to change most tokens.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.distributed.world import World
+from tests.rollout import pushess
+from tests.rollout.pushess import CASES, NUM_UPDATES
+
+pytestmark = pytest.mark.vllm
+
+# fp32 sums in another order: measured 1e-6 in every case; weights one update old give above 0.1.
+LOGPROB_TOLERANCE = 1e-5
+
+NAMED = [(size, case.name) for size, cases in CASES.items() for case in cases]
+each_case = pytest.mark.parametrize(("size", "case"), NAMED)
+Pushes = Callable[[int], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def pushes(rollout_world: World, tmp_path_factory: pytest.TempPathFactory) -> Pushes:
+    """Per rank, what all cases of a world size measured; each world runs once."""
+
+    @functools.cache
+    def run(size: int) -> list[Any]:
+        folder = str(tmp_path_factory.mktemp("pushes"))
+        return rollout_world.run(pushess.pushes, {"folder": folder}, size=size, timeout_s=280)
+
+    return run
+
+
+def updates(pushes: Pushes, size: int, case: str) -> list[list[dict[str, Any]]]:
+    """Per rank, what each update measured."""
+    return [result[case]["updates"] for result in pushes(size)]
+
+
+@pytest.mark.parametrize("update", range(NUM_UPDATES))
+@each_case
+def test_the_engine_says_what_the_trainer_and_transformers_say(
+    pushes: Pushes, size: int, case: str, update: int
+) -> None:
+    (first, *_) = updates(pushes, size, case)
+    assert first[update]["trainer"] <= LOGPROB_TOLERANCE
+    assert first[update]["transformers"] <= LOGPROB_TOLERANCE
+
+
+@each_case
+def test_each_push_carries_new_weights_under_the_next_version(pushes: Pushes, size: int, case: str) -> None:
+    for found in updates(pushes, size, case):
+        assert [each["versions"] for each in found] == [[1], [2], [3]]
+        # What a push that did nothing would leave between engine and trainer.
+        assert min(each["moved"] for each in found) > 1e4 * LOGPROB_TOLERANCE
+
+
+@each_case
+def test_all_ranks_get_all_completions(pushes: Pushes, size: int, case: str) -> None:
+    first, *others = updates(pushes, size, case)
+    for other in others:
+        assert [each["tokens"] for each in other] == [each["tokens"] for each in first]
+
+
+@each_case
+def test_a_rank_receives_exactly_what_it_lacks(pushes: Pushes, size: int, case: str) -> None:
+    for result in pushes(size):
+        received = {each["received"] for each in result[case]["updates"]}
+        assert received == {result[case]["lacking_bytes"]}
+        assert (result[case]["lacking_bytes"] == 0) == case.startswith("megatron:d2 ")
