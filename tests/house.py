@@ -18,6 +18,7 @@ READING_ORDER = (
     "parallel/layout.py",
     "parallel/megatron_version.py",
     "parallel/device.py",
+    "parallel/quiet.py",
     "parallel/host.py",
     "parallel/megatron_mends.py",
     "parallel/megatron_ready.py",
@@ -62,6 +63,7 @@ READING_ORDER = (
     "mtrl/sft.py",
     "mtrl/rl.py",
     "mtrl/run.py",
+    "mtrl/last_words.py",
     "mtrl/train.py",
     "tools/",
 )
