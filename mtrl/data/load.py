@@ -55,7 +55,7 @@ def load_prompts(
 
     ``max_prompt_length`` counts tokens; ``limit`` keeps the first so many prompts and reads no further.
     """
-    items = ((record, _prompt(record, tokenizer)) for record in read_records(path))
+    items = ((record, to_prompt(record, tokenizer)) for record in read_records(path))
     return list(
         islice(_within(items, max_prompt_length, overlong, key="max_prompt_length", path=path), limit)
     )
@@ -107,7 +107,8 @@ def _sample(record: Record, tokenizer: "PreTrainedTokenizerFast") -> Sample:
     return Sample(sample_id=record.index, tokens=tuple(tokens), loss_mask=tuple(mask))
 
 
-def _prompt(record: Record, tokenizer: "PreTrainedTokenizerFast") -> Prompt:
+def to_prompt(record: Record, tokenizer: "PreTrainedTokenizerFast") -> Prompt:
+    """Return the RL prompt that a record holds; raises `DataError` where it holds none."""
     keys = record.fields.keys()
     answer = _text(record, "answer") if "answer" in keys else ""
     if "messages" in keys:

@@ -95,7 +95,8 @@ def check_version() -> str:
             )
         return version
     raise MissingPackageError(
-        "rollouts need vLLM, which is not installed. On CPU: make .venv; on CUDA: pip install 'vllm~=0.32.0'"
+        "vLLM is not installed, and it does the sampling. Without a GPU run `make env`, with one "
+        "`pip install 'vllm~=0.32.0'`"
     )
 
 
