@@ -153,6 +153,11 @@ def _check_sft(config: Config) -> None:
         raise ConfigError("algorithm.samples_per_step: missing, sft needs it; such as 64")
     if config.algorithm.warm_start is not None:
         raise ConfigError("algorithm.warm_start: given with sft, where it has no place; write null")
+    if config.data.eval is not None or config.evaluation.every_steps:
+        raise ConfigError(
+            "data.eval: given with sft, which starts no engine to sample with; leave data.eval and "
+            "evaluation.every_steps out, or evaluate the checkpoint afterwards"
+        )
 
 
 def _check_grpo(config: Config) -> None:

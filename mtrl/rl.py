@@ -53,7 +53,7 @@ def train_rl(session: Session) -> None:
         session.progress.update(metrics)
         check_mismatch(metrics, algorithm.max_k3_kl)
         if session.is_due(config.evaluation.every_steps, step, algorithm.total_steps):
-            session.evaluate("accuracy", "grpo")
+            session.evaluate("grpo")
         if session.is_due(config.checkpoint.every_steps, step, algorithm.total_steps):
             session.save()
 

@@ -38,7 +38,7 @@ def _grpo(session: Session) -> None:
     algorithm, optimizer = session.job.config.algorithm, session.job.config.actor.optimizer
     assert session.sampling is not None
     session.sampling.take_over_weights()
-    session.evaluate("accuracy_before", "sft" if algorithm.warm_start else "grpo")
+    session.evaluate("sft" if algorithm.warm_start else "grpo", summarize_as="accuracy_before")
     if warm_start := algorithm.warm_start:
         session.trainer.start_phase(
             total_steps=warm_start.total_steps,
@@ -53,19 +53,19 @@ def _grpo(session: Session) -> None:
             checkpoint_every=0,
         )
         session.sampling.take_over_weights()
-        session.evaluate("accuracy_after_sft", "sft")
+        session.evaluate("sft", summarize_as="accuracy_after_sft")
     session.trainer.start_phase(
         total_steps=algorithm.total_steps * algorithm.minibatches_per_step,
         lr=optimizer.lr,
         warmup_steps=optimizer.warmup_steps,
     )
     train_rl(session)
-    session.evaluate("accuracy_after_grpo", "grpo")
+    session.evaluate("grpo", summarize_as="accuracy_after_grpo")
 
 
 def _print_end(session: Session) -> None:
     summary = session.summary
-    before, after = summary.get("accuracy_after_sft", summary.get("accuracy_before")), None
+    before = summary.get("accuracy_after_sft", summary.get("accuracy_before"))
     after = summary.get("accuracy_after_grpo")
     if isinstance(before, float) and isinstance(after, float):
         row = ComparisonRow(name="held-out accuracy (greedy)", before=f"{before:.1%}", after=f"{after:.1%}")

@@ -82,8 +82,8 @@ class Session:
             samples, self.model, max_tokens=max_tokens, pad_token_id=self.job.pad_token_id
         )
 
-    def evaluate(self, name: str, phase: Literal["sft", "grpo"]) -> None:
-        """Greedy accuracy on the held-out prompts, into ``summary[name]``. Collective over WORLD."""
+    def evaluate(self, phase: Literal["sft", "grpo"], *, summarize_as: str | None = None) -> None:
+        """Greedy accuracy on the held-out prompts; under a name in the summary too. Collective over WORLD."""
         prompts, reward = self.job.eval_prompts, self.job.eval_reward
         if self.sampling is None or reward is None or not prompts:
             return
@@ -108,7 +108,8 @@ class Session:
                 evaluation_s=seconds,
             )
         )
-        self.summary |= {name: accuracy, "num_eval_prompts": len(prompts)}
+        if summarize_as is not None:
+            self.summary |= {summarize_as: accuracy, "num_eval_prompts": len(prompts)}
         self.progress.message(f"held-out accuracy after step {self.step}: {accuracy:.1%}")
 
     def save(self) -> Path:

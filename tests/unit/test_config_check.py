@@ -139,6 +139,8 @@ def test_sft_asks_for_its_own_keys_and_not_for_those_of_grpo(tmp_path: Path) -> 
         check_config(load(tmp_path, "algorithm.samples_per_step=null", text=SFT), 2)
     with pytest.raises(ConfigError, match=r"algorithm\.warm_start: given with sft"):
         check_config(load(tmp_path, WARM_START, text=SFT), 2)
+    with pytest.raises(ConfigError, match=r"data\.eval: given with sft, which starts no engine"):
+        check_config(load(tmp_path, "data.eval=eval.jsonl", text=SFT), 2)
 
 
 def test_a_spec_error_keeps_its_caret_under_the_character(tmp_path: Path) -> None:
