@@ -20,11 +20,9 @@ from safetensors.torch import save_file
 from mtrl.models.boxes import Box
 from mtrl.models.builder import Model
 from mtrl.models.gather import TensorGather
+from mtrl.models.hf_folder import INDEX_NAME, SINGLE_NAME, check_names, weight_files
 from mtrl.models.pieces import check_coverage, fill_padding, write_stored
-from mtrl.parallel.errors import ModelError, WeightError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 DEFAULT_SHARD_BYTES = 4 * 2**30
 
 
@@ -54,26 +52,16 @@ class SafetensorsSource:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for file in self._file_names():
-            if not (self.folder / file).is_file():
-                raise ModelError(f"{self.folder}: {INDEX_NAME} names {file}, which is missing")
-            handle = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            self._files[file] = handle
-            self._where.update(dict.fromkeys(handle.keys(), file))
+        for file in weight_files(self.folder):
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            self._files[file.name] = handle
+            self._where.update(dict.fromkeys(handle.keys(), file.name))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-
-    def _file_names(self) -> list[str]:
-        index = self.folder / INDEX_NAME
-        if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if (self.folder / SINGLE_NAME).is_file():
-            return [SINGLE_NAME]
-        raise ModelError(f"{self.folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor in the folder."""
@@ -119,7 +107,7 @@ def load_weights(model: Model, source: TensorSource) -> None:
         WeightError: the source lacks a tensor, has one that no row of the table reads, or a shape
             differs; the message lists the names. Nothing is written in that case.
     """
-    check_names(model, source)
+    check_names(model.config, model.weight_map.hf_shapes(), source.shapes())
     weights = model.weight_map.of_rank(model.groups.rank)
     tensors = model.parameters()
     check_coverage(tensors, weights)
@@ -127,27 +115,6 @@ def load_weights(model: Model, source: TensorSource) -> None:
     for piece in weights.pieces:
         for simple in piece.simple():
             write_stored(tensors, simple, source.read(simple.hf.name, simple.stored))
-
-
-def check_names(model: Model, source: TensorSource) -> None:
-    """Check that the source's tensors and the weight table's are the same, by name and shape."""
-    expected, found = model.weight_map.hf_shapes(), source.shapes()
-    if model.config.tie_embeddings:
-        found.pop("lm_head.weight", None)  # some tied checkpoints carry a copy of the embedding
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-    problems += [f"unknown: {name} {shape}" for name, shape in found.items() if name not in expected]
-    problems += [
-        f"shape of {name}: {found[name]}, config.json implies {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise WeightError(
-            f"weights do not match the {model.config.family} weight table ({len(problems)} problems):\n"
-            f"  {shown}{more}"
-        )
 
 
 def load_hf(model: Model, folder: Path) -> None:

@@ -178,6 +178,11 @@ def _check_grpo(config: Config) -> None:
             "rollout.n_samples: given 1, needs at least 2; alone in its group a completion equals the mean, "
             "so every advantage is 0"
         )
+    if config.rollout.top_p != 1.0:
+        raise ConfigError(
+            f"rollout.top_p: given {config.rollout.top_p:g}, grpo needs 1; below it the engine's "
+            "probabilities are those among the kept tokens, which the trainer does not compute"
+        )
     if (algorithm.warm_start is None) != (config.data.warm_start is None):
         has, lacks = ("algorithm", "data") if config.data.warm_start is None else ("data", "algorithm")
         raise ConfigError(

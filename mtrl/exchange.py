@@ -33,24 +33,30 @@ def all_gather_ragged(values: Tensor) -> list[Tensor]:
 
 def all_gather_completions(own: Sequence[Completion]) -> list[Completion]:
     """All ranks' completions, ordered by prompt id, then sample index. Collective over WORLD."""
-    integers: list[int] = []
-    logprobs: list[float] = []
-    for each in own:
-        text = each.text.encode()
-        header = (each.prompt_id, each.sample_index, each.policy_version, _REASONS.index(each.finish_reason))
-        integers.extend((*header, len(each.tokens), len(text), *each.tokens, *text))
-        logprobs.extend(each.logprobs)
-    all_integers = all_gather_ragged(torch.tensor(integers, dtype=torch.int64))
-    all_logprobs = all_gather_ragged(torch.tensor(logprobs, dtype=torch.float32))
+    integers, logprobs = encode(own)
+    all_integers, all_logprobs = all_gather_ragged(integers), all_gather_ragged(logprobs)
     found = [
         completion
         for integers_here, logprobs_here in zip(all_integers, all_logprobs, strict=True)
-        for completion in _decode(integers_here.tolist(), logprobs_here.tolist())
+        for completion in decode(integers_here.tolist(), logprobs_here.tolist())
     ]
     return sorted(found, key=lambda each: (each.prompt_id, each.sample_index))
 
 
-def _decode(integers: list[int], logprobs: list[float]) -> list[Completion]:
+def encode(completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
+    """Completions as int64 (headers, tokens, UTF-8 texts) and float32 (log-probabilities), both 1-d."""
+    integers: list[int] = []
+    logprobs: list[float] = []
+    for each in completions:
+        text = each.text.encode()
+        header = (each.prompt_id, each.sample_index, each.policy_version, _REASONS.index(each.finish_reason))
+        integers.extend((*header, len(each.tokens), len(text), *each.tokens, *text))
+        logprobs.extend(each.logprobs)
+    return torch.tensor(integers, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float32)
+
+
+def decode(integers: Sequence[int], logprobs: Sequence[float]) -> list[Completion]:
+    """The completions that `encode` was given."""
     found: list[Completion] = []
     at = taken = 0
     while at < len(integers):

@@ -15,9 +15,11 @@ from mtrl.config_check import actor_spec, check_config, check_packages, rollout_
 from mtrl.data.load import load_prompts, load_samples
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import load_model_config
+from mtrl.models.hf_folder import check_names, folder_shapes
 from mtrl.models.stages import Stages
-from mtrl.models.weight_map import check_model_fits
+from mtrl.models.weight_map import WeightMap, check_model_fits
 from mtrl.parallel.errors import ConfigError, LayoutError, ModelError
+from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import ParallelSpec, RolloutSpec
 from mtrl.rewards import Reward, load_reward
 
@@ -111,20 +113,47 @@ def prepare(config: Config, world_size: int) -> Job:
 
 def _check_model(config: Config, actor: ParallelSpec) -> ModelConfig:
     if config.model.backend == "transformer_engine":
-        raise ConfigError("model.backend: transformer_engine is not built yet; use auto or torch_native")
+        raise ConfigError("model.backend: transformer_engine is not built yet; write auto or torch_native")
     if actor.attn.cp > 1:
-        raise LayoutError(f"actor.backend: {actor} asks for context parallelism (c), which is not built yet")
+        raise LayoutError(
+            f"actor.backend: {actor} asks for context parallelism (c{actor.attn.cp}), which is not built "
+            "yet; leave c out, and give its ranks to d or t"
+        )
     model = load_model_config(Path(config.model.path or config.model.init or ""))
     check_model_fits(model, actor)
-    Stages.balanced(model.num_layers, actor.attn.pp, config.actor.virtual_pipeline_size or 1)
+    stages = Stages.balanced(model.num_layers, actor.attn.pp, config.actor.virtual_pipeline_size or 1)
+    _check_sequence_parallel(config, actor, model)
+    if config.model.path:
+        weights = WeightMap(config=model, layout=RankLayout.from_spec(actor), stages=stages, places={})
+        check_names(model, weights.hf_shapes(), folder_shapes(Path(config.model.path)))
     if config.algorithm.name == "grpo":
-        tp = rollout_spec(config).tp
-        if model.num_kv_heads % tp or model.num_attention_heads % tp:
-            raise LayoutError(
-                f"rollout.backend: t{tp} does not divide {model.num_attention_heads} attention heads "
-                f"and {model.num_kv_heads} KV heads"
-            )
+        _check_engine_fits(model, rollout_spec(config))
     return model
+
+
+def _check_sequence_parallel(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:
+    given = config.actor.sequence_parallel
+    if given is True and actor.attn.tp == 1:
+        raise ConfigError(
+            f"actor.sequence_parallel: true with {actor}, which has no tensor parallel ranks to share a "
+            "sequence; write auto, or t2 or more in actor.backend"
+        )
+    if given is False and actor.attn.tp > 1 and model.moe is not None:
+        raise ConfigError(
+            f"actor.sequence_parallel: false with {actor} and a mixture of experts, which Megatron-Core "
+            "trains over tensor parallel ranks only with it; write auto"
+        )
+
+
+def _check_engine_fits(model: ModelConfig, rollout: RolloutSpec) -> None:
+    tp, world_size = rollout.tp, rollout.world_size
+    heads, kv_heads = model.num_attention_heads, model.num_kv_heads
+    if heads % tp or kv_heads % tp:
+        fits = max(n for n in range(1, tp) if not (heads % n or kv_heads % n or world_size % n))
+        raise LayoutError(
+            f"rollout.backend: t{tp} does not divide {heads} attention heads and {kv_heads} KV heads; write "
+            f"vllm:d{world_size // fits}t{fits}"
+        )
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -151,7 +180,10 @@ def _check_lengths(job: Job) -> None:
     if job.rollout is not None:
         longest = max(longest, job.max_model_len)
     if longest > job.model.max_position_embeddings:
+        fix = "lower rollout.max_new_tokens or data.max_prompt_length"
+        if job.rollout is None or longest > job.max_model_len:
+            fix = "lower algorithm.max_tokens_per_microbatch to that and set data.overlong to drop"
         raise LayoutError(
             f"sequences of up to {longest} tokens, but the model's max_position_embeddings is "
-            f"{job.model.max_position_embeddings}; lower rollout.max_new_tokens or data.max_prompt_length"
+            f"{job.model.max_position_embeddings}; {fix}"
         )

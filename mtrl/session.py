@@ -165,6 +165,7 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         parallel,
         precision=config.model.precision,
         num_chunks=config.actor.virtual_pipeline_size or 1,
+        **_overrides(config.actor.sequence_parallel),
     )
     if config.model.path:
         load_hf(model, Path(config.model.path))
@@ -194,6 +195,10 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         sampling.engine.shutdown()
     groups.destroy()
     dist.destroy_process_group()
+
+
+def _overrides(sequence_parallel: bool | Literal["auto"]) -> dict[str, bool]:
+    return {} if sequence_parallel == "auto" else {"sequence_parallel": sequence_parallel}
 
 
 def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:

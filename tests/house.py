@@ -24,6 +24,7 @@ READING_ORDER = (
     "parallel/megatron_ready.py",
     "parallel/groups.py",
     "models/config.py",
+    "models/hf_folder.py",
     "models/boxes.py",
     "models/stages.py",
     "models/roles.py",

@@ -8,7 +8,6 @@ error. The engine is the one that samples in training, alone in this process.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from mtrl.data.load import to_prompt
 from mtrl.data.records import Record
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import load_model_config
+from mtrl.models.hf_folder import weight_files
 from mtrl.parallel.errors import ConfigError, MissingPackageError, ModelError, MtrlError
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def _vllm(options: argparse.Namespace, model: ModelConfig, tokenizer: Any, room:
     )
     weights = _weights(options.model, model)
     groups.init_distributed()
-    is_fp32 = model.hf_config.get("dtype", model.hf_config.get("torch_dtype")) == "float32"
+    dtype = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
+    is_fp32 = dtype in (None, "float32")
     engine = VllmEngine.create(
         options.model,
         parse_rollout_spec("vllm:d1"),
@@ -171,17 +172,11 @@ def _weights(folder: Path, model: ModelConfig) -> "Iterator[tuple[str, Tensor]]"
     """The folder's tensors by name, one file open at a time."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    missing = [name for name in sorted(names) if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(f"{folder} has no {missing[0]}; it must hold a model's weights as safetensors")
+    files = weight_files(folder)
 
     def tensors() -> "Iterator[tuple[str, Tensor]]":
-        for name in sorted(names):
-            with safe_open(folder / name, framework="pt") as file:
+        for path in files:
+            with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  no mapping: it has no __iter__
                     if not (model.tie_embeddings and key == "lm_head.weight"):
                         yield key, file.get_tensor(key)
