@@ -93,8 +93,8 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"no config.json at {path}; give a Hugging Face model folder")
     try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")

@@ -29,8 +29,9 @@ def _read_config(hf: Mapping[str, Any], moe: MoeConfig | None, family: str) -> M
         num_layers=int(require(hf, "num_hidden_layers")),
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_kv_heads=int(hf.get("num_key_value_heads") or heads),
-        head_dim=int(hf.get("head_dim") or hidden // heads),
+        # transformers' defaults for these are other models' sizes, so a config must say them.
+        num_kv_heads=int(require(hf, "num_key_value_heads")),
+        head_dim=int(require(hf, "head_dim") if moe is None else hf.get("head_dim") or hidden // heads),
         intermediate_size=int(require(hf, "intermediate_size")),
         vocab_size=int(require(hf, "vocab_size")),
         max_position_embeddings=int(require(hf, "max_position_embeddings")),
