@@ -9,6 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtrl.models.boxes import Padding, Piece
+from mtrl.models.config import ModelConfig
+from mtrl.models.families import family_of
+from mtrl.models.weight_map import RankWeights
+
 Kind = Literal["dense", "moe"]
 VOCAB_SIZE = 250
 """No multiple of 64, so that vLLM pads the vocabulary."""
@@ -109,3 +114,26 @@ def hf_names(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
         else:
             found[name] = tensor
     return found
+
+
+def tiny_config(
+    *, vocab_size: int, num_layers: int, tied: bool, dense_layers: list[int] | None
+) -> ModelConfig:
+    """A config whose sizes every axis of 1, 2, 4 or 8 divides; ``dense_layers`` None is a dense model."""
+    hf: dict[str, object] = {
+        "hidden_size": 3, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 1,
+        "intermediate_size": 8, "vocab_size": vocab_size, "num_hidden_layers": num_layers,
+        "max_position_embeddings": 8, "tie_word_embeddings": tied, "architectures": ["Qwen3ForCausalLM"],
+    }  # fmt: skip
+    if dense_layers is not None:
+        hf |= {
+            "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8, "mlp_only_layers": dense_layers,
+        }  # fmt: skip
+    return family_of(hf).read_config(hf)
+
+
+def empty_tensors(weights: RankWeights) -> dict[tuple[int, str], Tensor]:
+    """All parameters that the pieces and padding of a rank name, full of NaN."""
+    entries: tuple[Piece | Padding, ...] = (*weights.pieces, *weights.paddings)
+    return {(entry.chunk, entry.local.name): torch.full(entry.local.shape, float("nan")) for entry in entries}

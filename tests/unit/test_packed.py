@@ -1,0 +1,101 @@
+"""Packed attention equals attention to each segment by itself, whatever the lengths."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtrl.models.backends.torch_native import CoreAttention, PackedRotary, grouped_linear
+from mtrl.models.packed import PackedSegments
+from tests.property import strategies  # noqa: F401  its Hypothesis profile
+
+CPU = torch.device("cpu")
+lengths_of_segments = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+@given(lengths_of_segments)
+def test_every_token_has_one_row_and_positions_begin_anew_in_each_segment(lengths: list[int]) -> None:
+    packed = PackedSegments.from_lengths(lengths, CPU)
+    assert packed.positions_T is not None and packed.scatter_T is not None
+    assert packed.positions_T.tolist() == [place for length in lengths for place in range(length)]
+    rows = torch.cat([bucket.gather_SL.flatten() for bucket in packed.buckets])
+    assert rows[packed.scatter_T].tolist() == list(range(sum(lengths)))
+
+
+@given(lengths_of_segments)
+def test_a_row_of_a_bucket_holds_one_segment_and_at_most_as_much_padding_as_tokens(
+    lengths: list[int],
+) -> None:
+    packed = PackedSegments.from_lengths(lengths, CPU)
+    segment_of = [number for number, length in enumerate(lengths) for _ in range(length)]
+    found = []
+    for bucket in packed.buckets:
+        for row in bucket.gather_SL.tolist():
+            (segment,) = {segment_of[token] for token in row}
+            length = lengths[segment]
+            assert row == sorted(row) and set(row[length:]) <= {row[length - 1]}
+            assert len(row) < 2 * length or len(row) == length
+            found.append(segment)
+    assert sorted(found) == list(range(len(lengths)))
+
+
+@settings(max_examples=30)
+@given(lengths_of_segments, st.sampled_from([(4, 4), (4, 2), (4, 1)]), st.booleans())
+def test_packed_attention_is_that_of_each_segment_alone(
+    lengths: list[int], heads: tuple[int, int], scaled: bool
+) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    scale = 0.3 if scaled else None
+    attention = CoreAttention(None, 1, softmax_scale=scale)  # type: ignore[arg-type]
+    query, key, value = (
+        torch.randn(sum(lengths), number, 8, generator=generator) for number in (heads[0], heads[1], heads[1])
+    )
+    found = attention(query, key, value, packed_seq_params=PackedSegments.from_lengths(lengths, CPU))
+    alone = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        repeated = (x.transpose(0, 1).repeat_interleave(heads[0] // x.shape[1], 0) for x in (k, v))
+        whole = F.scaled_dot_product_attention(q.transpose(0, 1), *repeated, is_causal=True, scale=scale)
+        alone.append(whole.transpose(0, 1).flatten(1))
+        dense = attention(q[:, None], k[:, None], v[:, None])
+        assert torch.allclose(dense[:, 0], alone[-1], atol=1e-6)
+    assert torch.allclose(found, torch.cat(alone), atol=1e-6)
+
+
+def test_no_gradient_crosses_from_one_segment_to_another() -> None:
+    attention = CoreAttention(None, 1)  # type: ignore[arg-type]
+    query, key, value = (torch.randn(9, 2, 8, requires_grad=True) for _ in range(3))
+    found = attention(query, key, value, packed_seq_params=PackedSegments.from_lengths([4, 5], CPU))
+    found[4:].sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad is not None
+        assert not tensor.grad[:4].any() and tensor.grad[4:].any()
+
+
+def test_rotary_frequencies_are_those_of_positions_within_segments() -> None:
+    rotary = PackedRotary.__new__(PackedRotary)
+    torch.nn.Module.__init__(rotary)
+    rotary.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, 8, 2) / 8)
+    found = rotary(PackedSegments.from_lengths([3, 2], CPU))
+    angles = torch.outer(torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0]), rotary.inv_freq)
+    assert torch.equal(found[:, 0, 0], torch.cat([angles, angles], -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0, 5], [0, 0, 0]])
+@pytest.mark.parametrize(("size_in", "size_out"), [(16, 8), (16, 10), (10, 16), (3, 5)])
+def test_a_grouped_product_is_that_of_each_expert_whatever_the_sizes(
+    dtype: torch.dtype, counts: list[int], size_in: int, size_out: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(sum(counts), size_in, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(3, size_out, size_in, generator=generator).to(dtype).requires_grad_()
+    slope = torch.randn(sum(counts), size_out, generator=generator).to(dtype)
+    found = grouped_linear(x, weight, torch.tensor(counts))
+    expected = torch.cat([part @ each.T for part, each in zip(x.split(counts), weight, strict=True)])
+    grads = torch.autograd.grad(found, (x, weight), slope)
+    # One product against another of the same numbers: the last bits of the dtype.
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert torch.allclose(found, expected, **tolerance)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, (x, weight), slope), strict=True):
+        assert torch.allclose(ours, theirs, **tolerance)
