@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.toy_runs import CASES, Case, Runs, open_model, samples, write_toys
+from tests.distributed.toy_runs import CASES, Case, Runs, each_case, load_toy, samples, write_toys
 from tests.distributed.world import World
 
 LENGTHS = [9, 17, 1, 30, 12, 2, 24, 5]
@@ -33,10 +33,9 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compare(folder: str, cases: list[list[Any]]) -> dict[str, Any]:
     """Per case, by sample: largest difference of this rank's logits and of its log-probabilities."""
     found = {}
-    for spec, num_chunks, toy, name in cases:
+    for groups, num_chunks, toy, name in each_case(cases):
         reference = load_file(Path(folder) / toy / "logits.reference")
-        with open_model(spec, num_chunks, path=Path(folder) / toy) as model:
-            found[name] = differences(model, reference)
+        found[name] = differences(load_toy(groups, num_chunks, Path(folder) / toy), reference)
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.toy_runs import CASES, Case, Runs, open_model, write_toys
+from tests.distributed.toy_runs import CASES, Case, Runs, each_case, load_toy, write_toys
 from tests.distributed.world import World
 
 SHARD_BYTES = 60_000
@@ -27,20 +27,17 @@ def load_and_export(folder: str, cases: list[list[Any]]) -> dict[str, Any]:
     from mtrl.models.hf import export_hf
 
     found = {}
-    for spec, num_chunks, toy, name in cases:
-        with open_model(spec, num_chunks, path=Path(folder) / toy) as model:
-            for parameter in model.parameters().values():
-                assert bool(torch.isfinite(parameter).all())
-            export_hf(model, Path(folder) / "out" / name / "single")
-            export_hf(model, Path(folder) / "out" / name / "sharded", shard_bytes=SHARD_BYTES)
-            everything = list(model.weight_map.hf_shapes())
-            gather = TensorGather(model, [everything] * model.groups.layout.world_size, bucket_bytes=100_000)
-            num_elements = sum(tensor.numel() for _, tensor in gather.run(torch.float32))
-            held = [
-                box for boxes in held_boxes(model.weight_map)[model.groups.rank].values() for box in boxes
-            ]
-            lacking = num_elements - sum(box.num_elements for box in held)
-            found[name] = {"received": gather.count.bytes_received, "needed": 4 * lacking}
+    for groups, num_chunks, toy, name in each_case(cases):
+        model = load_toy(groups, num_chunks, Path(folder) / toy)
+        out = Path(folder) / "out" / name
+        export_hf(model, out / "single")
+        export_hf(model, out / "sharded", shard_bytes=SHARD_BYTES)
+        everything = list(model.weight_map.hf_shapes())
+        gather = TensorGather(model, [everything] * groups.layout.world_size, bucket_bytes=100_000)
+        num_elements = sum(tensor.numel() for _, tensor in gather.run(torch.float32))
+        held = [box for boxes in held_boxes(model.weight_map)[groups.rank].values() for box in boxes]
+        lacking = num_elements - sum(box.num_elements for box in held)
+        found[name] = {"received": gather.count.bytes_received, "needed": 4 * lacking}
     return found
 
 

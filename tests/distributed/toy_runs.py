@@ -4,8 +4,8 @@ The reference is always transformers, or one process.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -100,28 +100,34 @@ def samples(lengths: list[int], *, seed: int) -> list[Sample]:
     return found
 
 
-@contextmanager
-def open_model(spec: str, num_chunks: int = 1, *, path: Path, weights: bool = True) -> Iterator[Any]:
-    """On a rank: the model of folder ``path`` under a layout, with its weights. Collective over WORLD."""
-    from mtrl.models.builder import build_model
-    from mtrl.models.families import load_model_config
-    from mtrl.models.hf import load_hf
+def each_case(cases: list[list[Any]]) -> Iterator[tuple[Any, int, str, str]]:
+    """On a rank: (groups, number of chunks, toy, name of the case) for each case. Collective over WORLD.
+
+    Cases of one layout share its groups, whose connections cost more than everything else.
+    """
     from mtrl.parallel import groups as parallel_groups
     from mtrl.parallel.layout import RankLayout
     from mtrl.parallel.spec import parse_training_spec
 
-    layout = RankLayout.from_spec(parse_training_spec(spec))
-    groups = parallel_groups.create(layout, virtual_pipeline_size=num_chunks)
-    parallel_groups.seed_everything(1, groups)
-    try:
-        model = build_model(load_model_config(path), groups, num_chunks=num_chunks)
-        if weights:
-            load_hf(model, path)
-        yield model
-    except Exception as error:
-        error.add_note(f"in {spec} with {num_chunks} chunks, {path.name}")
-        raise
-    parallel_groups.destroy()
+    for (spec, num_chunks), members in groupby(cases, key=lambda case: (case[0], case[1])):
+        layout = RankLayout.from_spec(parse_training_spec(spec))
+        groups = parallel_groups.create(layout, virtual_pipeline_size=num_chunks)
+        parallel_groups.seed_everything(1, groups)
+        for _, _, toy, name in members:
+            print(f"case {name}", flush=True)  # what the story of a failure begins with
+            yield groups, num_chunks, toy, name
+        parallel_groups.destroy()
+
+
+def load_toy(groups: Any, num_chunks: int, path: Path) -> Any:
+    """On a rank: the model of folder ``path`` with its weights."""
+    from mtrl.models.builder import build_model
+    from mtrl.models.families import load_model_config
+    from mtrl.models.hf import load_hf
+
+    model = build_model(load_model_config(path), groups, num_chunks=num_chunks)
+    load_hf(model, path)
+    return model
 
 
 class Runs:
