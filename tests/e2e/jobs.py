@@ -50,3 +50,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without what depends on how fast the machine was."""
     return [{key: value for key, value in record.items() if not key.endswith("_s")} for record in records]
+
+
+def run_main(folder: str, arguments: list[str]) -> dict[str, int]:
+    """What a rank of a `World` runs in place of ``torchrun mtrl/train.py``."""
+    from mtrl.train import main
+
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    return {"status": main(arguments)}

@@ -31,7 +31,7 @@ actor:
   optimizer: {lr: 1.0e-3}
 rollout: {backend: "vllm:d2", n_samples: 4, max_new_tokens: 6, max_num_seqs: 64, kv_cache_bytes: 8388608}
 data: {train: task/train.jsonl, warm_start: task/sft.jsonl, eval: task/eval.jsonl}
-reward: {name: "tests.e2e.toy:digit_share"}
+reward: {name: "rewards:digit_share"}
 """
 SFT = """\
 output_dir: runs/sft
@@ -41,19 +41,32 @@ actor: {backend: "megatron:(attn:d2|ffn:e2)", optimizer: {lr: 3.0e-3}}
 data: {train: task/sft.jsonl}
 """
 
+REWARDS = """\
+import random
+
+import numpy
+import torch
+
+
+def digit_share(prompt, completion):
+    \"\"\"A reward that an untrained model gets often enough to learn from.\"\"\"
+    return sum(letter.isdigit() for letter in completion.text) / max(len(completion.text), 1)
+
+
+def reseeding(prompt, completion):
+    \"\"\"The same, by someone who reseeds every global generator with something new.\"\"\"
+    torch.seed(), random.seed(), numpy.random.seed()
+    return digit_share(prompt, completion)
+"""
+
 
 def write_toy(folder: Path) -> None:
-    """Write task, model config and two run configs, whose paths are relative to ``folder``."""
+    """Write task, model config, rewards and two run configs, whose paths are relative to ``folder``."""
     task = make_arithmetic(folder / "task", seed=1, num_eval=NUM_EVAL)
     for path in (task.train, task.sft):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:NUM_TRAIN]))
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(MODEL))
+    (folder / "rewards.py").write_text(REWARDS)
     (folder / "grpo.yaml").write_text(GRPO)
     (folder / "sft.yaml").write_text(SFT)
-
-
-def digit_share(prompt: object, completion: object) -> float:
-    """A reward that an untrained model gets often enough to learn from: the share of digits."""
-    text = str(getattr(completion, "text", ""))
-    return sum(letter.isdigit() for letter in text) / max(len(text), 1)

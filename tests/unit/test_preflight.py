@@ -34,6 +34,7 @@ Refused = tuple[type[MtrlError], list[str], str]
 def job_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_toy(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     if importlib.util.find_spec("vllm") is None:
         # Its presence is all that is checked here, and everything else can be checked without it.
         stand_in = ModuleType("vllm")
