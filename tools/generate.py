@@ -9,7 +9,7 @@ error. The engine is the one that samples in training, alone in this process.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,7 +33,10 @@ _MAX_LINE_TOKENS = 4096
 
 _KV_BLOCK_TOKENS = 128
 
-Answer: TypeAlias = Callable[[Prompt], str]
+_DEFAULT_NEW_TOKENS = 256
+
+Answer: TypeAlias = Callable[[Prompt, int], str]
+"""From a prompt and the most tokens to write, the text of the completion."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--prompt", action="append", help="may be repeated; default: lines of standard input")
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's turn in the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="default 256, or what fits"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
     parser.add_argument("--seed", type=int, default=1, help="of the draws; no effect at temperature 0")
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
@@ -60,25 +65,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer_all(options: argparse.Namespace) -> None:
-    if options.temperature < 0 or options.max_new_tokens < 1:
+    if options.temperature < 0 or (options.max_new_tokens or 1) < 1:
         raise ConfigError("--temperature is 0 (greedy) or more, --max-new-tokens is 1 or more")
     if not options.model.is_dir():
         raise ModelError(
             f"no folder {options.model}; give a checkpoint, such as runs/NAME/checkpoints/step_N"
         )
     model, tokenizer = load_model_config(options.model), _load_tokenizer(options.model)
+    weight_files(options.model)  # raises where there are none, long before an engine would
     prompts = [_prompt(text, n, tokenizer, options.chat) for n, text in enumerate(options.prompt or ())]
     longest = max((len(prompt.tokens) for prompt in prompts), default=_MAX_LINE_TOKENS)
-    room = min(model.max_position_embeddings, longest + options.max_new_tokens)
-    for prompt in prompts:
-        _check_length(prompt, options, room)
+    room = min(model.max_position_embeddings, longest + (options.max_new_tokens or _DEFAULT_NEW_TOKENS))
+    num_new = [_num_new_tokens(prompt, options, room) for prompt in prompts]
     from mtrl.parallel import quiet
 
     quiet.install()
     open_engine = _transformers if options.engine == "transformers" else _vllm
     with open_engine(options, model, tokenizer, room) as answer:
-        for prompt in prompts:
-            print(answer(prompt), flush=True)
+        for prompt, most in zip(prompts, num_new, strict=True):
+            print(answer(prompt, most), flush=True)
         if options.prompt is None:
             _answer_lines(answer, tokenizer, options, room)
 
@@ -90,11 +95,11 @@ def _answer_lines(answer: Answer, tokenizer: Any, options: argparse.Namespace, r
     for number, line in enumerate(sys.stdin):
         try:
             prompt = _prompt(line.rstrip("\n"), number, tokenizer, options.chat)
-            _check_length(prompt, options, room)
+            most = _num_new_tokens(prompt, options, room)
         except MtrlError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             continue
-        print(answer(prompt), flush=True)
+        print(answer(prompt, most), flush=True)
 
 
 def _prompt(text: str, number: int, tokenizer: Any, chat: bool) -> Prompt:
@@ -102,12 +107,15 @@ def _prompt(text: str, number: int, tokenizer: Any, chat: bool) -> Prompt:
     return to_prompt(Record(index=number, where=f"prompt {number + 1}", fields=fields), tokenizer)
 
 
-def _check_length(prompt: Prompt, options: argparse.Namespace, room: int) -> None:
-    if len(prompt.tokens) + options.max_new_tokens > room:
+def _num_new_tokens(prompt: Prompt, options: argparse.Namespace, room: int) -> int:
+    """What was asked for, which must fit, or as many of the default as fit."""
+    length, asked = len(prompt.tokens), options.max_new_tokens
+    if length + (asked or 1) > room:
         raise ConfigError(
-            f"a prompt of {len(prompt.tokens)} tokens and --max-new-tokens {options.max_new_tokens} make "
-            f"more than the {room} there is room for; shorten one of them"
+            f"a prompt of {length} tokens and --max-new-tokens {asked or 1} make more than the {room} there "
+            "is room for; shorten one of them"
         )
+    return int(asked or min(_DEFAULT_NEW_TOKENS, room - length))
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -135,14 +143,6 @@ def _vllm(options: argparse.Namespace, model: ModelConfig, tokenizer: Any, room:
     from mtrl.rollout.protocol import SamplingSettings
     from mtrl.rollout.vllm_engine import VllmEngine
 
-    sampling = SamplingSettings(
-        temperature=options.temperature,
-        top_p=1.0,
-        max_new_tokens=options.max_new_tokens,
-        num_samples=1,
-        stop_token_ids=(tokenizer.eos_token_id,),
-    )
-    weights = _weights(options.model, model)
     groups.init_distributed()
     dtype = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
     is_fp32 = dtype in (None, "float32")
@@ -155,8 +155,19 @@ def _vllm(options: argparse.Namespace, model: ModelConfig, tokenizer: Any, room:
         seed=options.seed,
         kv_cache_bytes=_kv_cache_bytes(model, room, 4 if is_fp32 else 2),
     )
-    engine.load_weights(weights, policy_version=0)
-    yield lambda prompt: engine.generate([prompt], sampling, seed=options.seed)[0].text
+    engine.load_weights(_weights(weight_files(options.model), model), policy_version=0)
+
+    def answer(prompt: Prompt, num_new_tokens: int) -> str:
+        sampling = SamplingSettings(
+            temperature=options.temperature,
+            top_p=1.0,
+            max_new_tokens=num_new_tokens,
+            num_samples=1,
+            stop_token_ids=(tokenizer.eos_token_id,),
+        )
+        return engine.generate([prompt], sampling, seed=options.seed)[0].text
+
+    yield answer
     engine.shutdown()
 
 
@@ -168,20 +179,15 @@ def _kv_cache_bytes(model: ModelConfig, num_tokens: int, itemsize: int) -> int:
     )
 
 
-def _weights(folder: Path, model: ModelConfig) -> "Iterator[tuple[str, Tensor]]":
-    """The folder's tensors by name, one file open at a time."""
+def _weights(files: Sequence[Path], model: ModelConfig) -> "Iterator[tuple[str, Tensor]]":
+    """The files' tensors by name, one file open at a time."""
     from safetensors import safe_open
 
-    files = weight_files(folder)
-
-    def tensors() -> "Iterator[tuple[str, Tensor]]":
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  no mapping: it has no __iter__
-                    if not (model.tie_embeddings and key == "lm_head.weight"):
-                        yield key, file.get_tensor(key)
-
-    return tensors()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  no mapping: it has no __iter__
+                if not (model.tie_embeddings and key == "lm_head.weight"):
+                    yield key, file.get_tensor(key)
 
 
 @contextmanager
@@ -198,12 +204,12 @@ def _transformers(
     torch.manual_seed(options.seed)
     draws = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
 
-    def answer(prompt: Prompt) -> str:
+    def answer(prompt: Prompt, num_new_tokens: int) -> str:
         tokens = torch.tensor([prompt.tokens])
         output = network.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=num_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
             **(draws if options.temperature else {"do_sample": False}),
