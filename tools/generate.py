@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--prompt", action="append", help="may be repeated; default: lines of standard input")
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's turn in the chat template")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="default 256, or what fits"
-    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default 256, or what fits")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
     parser.add_argument("--seed", type=int, default=1, help="of the draws; no effect at temperature 0")
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
