@@ -156,6 +156,7 @@ def export_hf(
     if rank == 0:
         _write_index(folder, files, shards, shapes, dtype)
         config = {**model.config.hf_config, "dtype": str(dtype).removeprefix("torch.")}
+        config.pop("torch_dtype", None)  # the older name, which older readers would believe
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if dist.is_initialized():
         dist.barrier()

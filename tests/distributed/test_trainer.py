@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from mtrl.batch import Sample
-from tests.distributed.test_training import batch, microbatches, open_trainer
-from tests.distributed.toy_runs import Case, Runs, each_case, load_toy, samples, write_toys
+from tests.distributed.toy_runs import (
+    Case,
+    Runs,
+    batch,
+    each_case,
+    load_toy,
+    microbatches,
+    open_trainer,
+    samples,
+    write_toys,
+)
 from tests.distributed.world import World
 
 CASES = (
@@ -205,3 +214,30 @@ def test_rows_that_pad_the_vocabulary_have_no_probability_and_no_gradient(varied
 def test_swapped_weights_come_back_bit_by_bit_even_after_an_error(varied: Runs, case: Case) -> None:
     for rank in varied(case):
         assert all(rank["swap"].values()), rank["swap"]
+
+
+def train_dense(folder: str, sequence_parallel: list[bool]) -> list[Any]:
+    """Two steps of a dense model over two tensor parallel ranks, with and without sequence parallelism."""
+    from mtrl.models.builder import build_model
+    from mtrl.models.families import load_model_config
+    from mtrl.models.hf import load_hf
+    from mtrl.objectives import SftLoss
+
+    path, found = Path(folder) / "dense tied", []
+    for groups, num_chunks, _, _ in each_case([["megatron:t2", 1, "dense tied", "dense"]]):
+        for is_on in sequence_parallel:
+            model = build_model(
+                load_model_config(path), groups, num_chunks=num_chunks, sequence_parallel=is_on
+            )
+            load_hf(model, path)
+            trainer = open_trainer(model, distributed=True)
+            steps = [trainer.step(microbatches(model, batch(step)), SftLoss()) for step in (0, 1)]
+            found.append([[step.loss, step.grad_norm] for step in steps])
+    return found
+
+
+def test_a_dense_model_trains_alike_without_sequence_parallelism(world: World, toys: Path) -> None:
+    arguments: dict[str, object] = {"folder": str(toys), "sequence_parallel": [True, False]}
+    for with_it, without in world.run(train_dense, arguments, size=2):
+        for step, other in zip(with_it, without, strict=True):
+            assert other == pytest.approx(step, rel=1e-6)

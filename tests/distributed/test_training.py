@@ -11,8 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtrl.batch import Sample
-from tests.distributed.toy_runs import CASES, Case, Runs, each_case, load_toy, samples, write_toys
+from tests.distributed.toy_runs import (
+    CASES,
+    Case,
+    Runs,
+    batch,
+    each_case,
+    load_toy,
+    microbatches,
+    open_trainer,
+    write_toys,
+)
 from tests.distributed.world import World
 from tests.toys import hf_gradients
 
@@ -35,14 +44,8 @@ TRAINED = tuple(
         ),
     }
 )
-BATCHES = [[9, 17, 2, 30, 12], [24, 5, 11, 8, 8, 31], [40, 3, 6, 20, 13]]
-MAX_TOKENS = 40
 # float32 sums in another order. A tensor's gradients are compared relative to its largest one.
 GRADIENT_TOLERANCE = 1e-5
-
-
-def batch(step: int) -> list[Sample]:
-    return samples(BATCHES[step], seed=100 + step)
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +63,6 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         gradients = {key: value.contiguous() for key, value in hf_gradients(model).items()}
         save_file(gradients | {"loss": (nll / num_tokens).detach()}, folder / name / "gradients.reference")
     return folder
-
-
-def open_trainer(model: Any, *, distributed: bool, lr: float = 1e-2) -> Any:
-    """A trainer whose first updates are smooth in the gradient; Adam's usual epsilon makes them its sign."""
-    from mtrl.config import OptimizerSection
-    from mtrl.trainer import Trainer
-
-    trainer = Trainer(model, OptimizerSection(lr=lr, eps=1e-2, grad_clip=0.5, distributed=distributed))
-    trainer.start_phase(total_steps=len(BATCHES), lr=lr, warmup_steps=0)
-    return trainer
-
-
-def microbatches(model: Any, samples: list[Sample]) -> list[Any]:
-    from mtrl.policy import make_microbatches
-
-    return make_microbatches(samples, model, max_tokens=MAX_TOKENS, pad_token_id=0)
 
 
 def gradient_errors(model: Any, reference: dict[str, torch.Tensor]) -> dict[str, float]:

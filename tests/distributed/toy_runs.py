@@ -76,7 +76,9 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = tuple(_cases())
-SIZES = (1, 2, 4, 8)
+
+BATCHES = [[9, 17, 2, 30, 12], [24, 5, 11, 8, 8, 31], [40, 3, 6, 20, 13]]
+MAX_TOKENS = 40
 
 
 def write_toys(folder: Path) -> dict[str, torch.nn.Module]:
@@ -128,6 +130,26 @@ def load_toy(groups: Any, num_chunks: int, path: Path) -> Any:
     model = build_model(load_model_config(path), groups, num_chunks=num_chunks)
     load_hf(model, path)
     return model
+
+
+def batch(step: int) -> list[Sample]:
+    return samples(BATCHES[step], seed=100 + step)
+
+
+def open_trainer(model: Any, *, distributed: bool, lr: float = 1e-2) -> Any:
+    """A trainer whose first updates are smooth in the gradient; Adam's usual epsilon makes them its sign."""
+    from mtrl.config import OptimizerSection
+    from mtrl.trainer import Trainer
+
+    trainer = Trainer(model, OptimizerSection(lr=lr, eps=1e-2, grad_clip=0.5, distributed=distributed))
+    trainer.start_phase(total_steps=len(BATCHES), lr=lr, warmup_steps=0)
+    return trainer
+
+
+def microbatches(model: Any, samples: list[Sample]) -> list[Any]:
+    from mtrl.policy import make_microbatches
+
+    return make_microbatches(samples, model, max_tokens=MAX_TOKENS, pad_token_id=0)
 
 
 class Runs:
