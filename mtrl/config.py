@@ -30,7 +30,13 @@ class WarmStartSection(Section):
     key: ClassVar[str] = "algorithm.warm_start"
 
     total_steps: PositiveInt
-    """Optimizer steps of this phase."""
+    """Optimizer steps of this phase; with ``until_accuracy``, at most."""
+
+    until_accuracy: Fraction | None = None
+    """End the phase once this share of ``data.eval`` is answered right, greedily; null: never early."""
+
+    evaluate_every: PositiveInt = 10
+    """Steps between the evaluations that ``until_accuracy`` asks for; no effect without it."""
 
     samples_per_step: PositiveInt
     """Samples of ``data.warm_start`` in each step, over all ranks."""

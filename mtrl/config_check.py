@@ -189,6 +189,11 @@ def _check_grpo(config: Config) -> None:
             f"{lacks}.warm_start: missing while {has}.warm_start is given; algorithm.warm_start says how "
             "long, data.warm_start on what; give both or neither"
         )
+    if algorithm.warm_start and algorithm.warm_start.until_accuracy is not None and config.data.eval is None:
+        raise ConfigError(
+            "algorithm.warm_start.until_accuracy: given without data.eval, whose prompts it is measured on; "
+            "give a file of held-out prompts, or write null"
+        )
     if config.evaluation.every_steps and config.data.eval is None:
         raise ConfigError(
             f"data.eval: missing while evaluation.every_steps is {config.evaluation.every_steps}; give a "

@@ -1,10 +1,11 @@
 """The phases of a run, in order."""
 
+from mtrl.config import WarmStartSection
 from mtrl.preflight import Job
 from mtrl.progress import ComparisonRow, print_comparison
 from mtrl.rl import train_rl
 from mtrl.run_folder import RunFolder
-from mtrl.session import Session, open_session
+from mtrl.session import Sampling, Session, open_session
 from mtrl.sft import train_sft
 
 
@@ -39,21 +40,8 @@ def _grpo(session: Session) -> None:
     assert session.sampling is not None
     session.sampling.take_over_weights()
     session.evaluate("sft" if algorithm.warm_start else "grpo", summarize_as="accuracy_before")
-    if warm_start := algorithm.warm_start:
-        session.trainer.start_phase(
-            total_steps=warm_start.total_steps,
-            lr=warm_start.learning_rate,
-            warmup_steps=warm_start.warmup_steps,
-        )
-        train_sft(
-            session,
-            session.job.warm_start_samples,
-            total_steps=warm_start.total_steps,
-            samples_per_step=warm_start.samples_per_step,
-            checkpoint_every=0,
-        )
-        session.sampling.take_over_weights()
-        session.evaluate("sft", summarize_as="accuracy_after_sft")
+    if algorithm.warm_start:
+        _warm_start(session, session.sampling, algorithm.warm_start)
     session.trainer.start_phase(
         total_steps=algorithm.total_steps * algorithm.minibatches_per_step,
         lr=optimizer.lr,
@@ -61,6 +49,27 @@ def _grpo(session: Session) -> None:
     )
     train_rl(session)
     session.evaluate("grpo", summarize_as="accuracy_after_grpo")
+
+
+def _warm_start(session: Session, sampling: Sampling, settings: WarmStartSection) -> None:
+    def is_enough(step: int) -> bool:
+        if settings.until_accuracy is None or step % settings.evaluate_every:
+            return False
+        sampling.take_over_weights()
+        return (session.evaluate("sft") or 0.0) >= settings.until_accuracy
+
+    session.trainer.start_phase(
+        total_steps=settings.total_steps, lr=settings.learning_rate, warmup_steps=settings.warmup_steps
+    )
+    train_sft(
+        session,
+        session.job.warm_start_samples,
+        total_steps=settings.total_steps,
+        samples_per_step=settings.samples_per_step,
+        is_enough=is_enough,
+    )
+    sampling.take_over_weights()
+    session.evaluate("sft", summarize_as="accuracy_after_sft")
 
 
 def _print_end(session: Session) -> None:

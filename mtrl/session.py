@@ -82,11 +82,14 @@ class Session:
             samples, self.model, max_tokens=max_tokens, pad_token_id=self.job.pad_token_id
         )
 
-    def evaluate(self, phase: Literal["sft", "grpo"], *, summarize_as: str | None = None) -> None:
-        """Greedy accuracy on the held-out prompts; under a name in the summary too. Collective over WORLD."""
+    def evaluate(self, phase: Literal["sft", "grpo"], *, summarize_as: str | None = None) -> float | None:
+        """Greedy accuracy on the held-out prompts, None if there are none. Collective over WORLD.
+
+        ``summarize_as`` puts it into the summary under that name too.
+        """
         prompts, reward = self.job.eval_prompts, self.job.eval_reward
         if self.sampling is None or reward is None or not prompts:
-            return
+            return None
         start = time.perf_counter()
         greedy = SamplingSettings(
             temperature=0.0,
@@ -111,6 +114,7 @@ class Session:
         if summarize_as is not None:
             self.summary |= {summarize_as: accuracy, "num_eval_prompts": len(prompts)}
         self.progress.message(f"held-out accuracy after step {self.step}: {accuracy:.1%}")
+        return accuracy
 
     def save(self) -> Path:
         """Write a checkpoint of this step. Collective over WORLD."""

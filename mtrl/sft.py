@@ -1,6 +1,6 @@
 """Supervised fine-tuning: imitate the trained tokens of the samples, by maximum likelihood."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mtrl.batch import Sample
 from mtrl.data.order import DataCursor
@@ -15,9 +15,13 @@ def train_sft(
     *,
     total_steps: int,
     samples_per_step: int,
-    checkpoint_every: int,
+    checkpoint_every: int = 0,
+    is_enough: Callable[[int], bool] = lambda step: False,
 ) -> None:
-    """Run ``total_steps`` of SFT over shuffled epochs of ``samples``. Collective over WORLD."""
+    """Run SFT over shuffled epochs of ``samples``. Collective over WORLD.
+
+    ``is_enough`` is asked after every step, on all ranks, whether to end before ``total_steps``.
+    """
     trainer, loss = session.trainer, SftLoss()
     cursor = DataCursor(num_records=len(samples), seed=session.job.config.seed)
     session.progress.start_phase("sft", total_steps)
@@ -40,3 +44,5 @@ def train_sft(
         session.progress.update(metrics)
         if session.is_due(checkpoint_every, step, total_steps):
             session.save()
+        if is_enough(step):
+            return
