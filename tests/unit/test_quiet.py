@@ -11,7 +11,7 @@ from mtrl.parallel.device import current_device
 from mtrl.parallel.quiet import LOG_LINES, WARNINGS, Noise
 
 SAID = {
-    "Transformer Engine and Apex are not installed. Falling back to Torch optimizers.": "megatron.core.optimizer",
+    "Transformer Engine and Apex are not installed. Falling back to Torch": "megatron.core.optimizer",
     "Apex is not installed. Falling back to Torch Norm": "megatron.core.models.backends",
     "full scope is deprecated. Use empty cuda_graph_scope": "megatron.core.transformer.transformer_config",
     "The .grad attribute of a Tensor that is not a leaf Tensor is": "megatron.core.optimizer.optimizer",
