@@ -200,7 +200,7 @@ class RolloutSection(Section):
     """Divides the logits before sampling; the trainer divides by the same."""
 
     top_p: Annotated[float, Range(low=0.0, high=1.0, above=True)] = 1.0
-    """Sample among the likeliest tokens that together have this probability; 1: among all."""
+    """Sample among the likeliest tokens that together have this probability; grpo needs 1: among all."""
 
     max_num_seqs: PositiveInt = 256
     """Sequences an engine decodes at a time."""
