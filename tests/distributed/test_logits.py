@@ -1,5 +1,7 @@
 """Logits through Megatron's pipeline schedule, packed, equal transformers' of each sequence by itself."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,80 @@ def test_logits_equal_those_of_transformers(compared: Runs, case: Case) -> None:
     assert {sample for rank in ranks for sample in rank["logits"]} == everything
     assert {sample for rank in ranks for sample in rank["logprobs"]} == everything
     assert worst["logits"] < TOLERANCE and worst["logprobs"] < TOLERANCE
+
+
+OWN_CASES = (
+    Case(spec="megatron:(attn:t2|ffn:e2)", size=2, toy="own"),
+    Case(spec="megatron:(attn:d2|ffn:t2)", size=2, toy="own"),
+    Case(spec="megatron:p2", size=2, toy="own"),
+)
+
+
+def own_weights(config: Any) -> tuple[Any, ...]:
+    """As Qwen3-MoE, but all experts of a layer in one tensor, gate and up rows in turn, transposed."""
+    from mtrl.models.boxes import Place
+    from mtrl.models.families import Weight, qwen3
+
+    mlp = "model.layers.{layer}.mlp.experts."
+    fused: dict[str, Any] = {
+        "expert.gate": Place(name=mlp + "gate_up", pattern="e h (j u)", within=(("u", 0, 2),)),
+        "expert.up": Place(name=mlp + "gate_up", pattern="e h (j u)", within=(("u", 1, 2),)),
+        "expert.down": Place(name=mlp + "down", pattern="e j h"),
+    }
+    return tuple(
+        Weight(role=row.role, place=fused.get(row.role, row.place), layers=row.layers)
+        for row in qwen3.weights(config)
+    )
+
+
+def write_own(toys: Path, layers: int, experts: int) -> None:
+    """The toy "moe" as a checkpoint of the user's own family."""
+    own = toys / "own"
+    shutil.copytree(toys / "moe", own)
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"architectures": ["OwnForCausalLM"]}))
+    tensors = load_file(own / "model.safetensors")
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}{e}.{half}_proj.weight").T for e in range(experts)])
+            for half in ("gate", "up", "down")
+        )
+        tensors[prefix + "gate_up"] = torch.stack([gate, up], dim=-1).flatten(2).contiguous()
+        tensors[prefix + "down"] = down.contiguous()
+    save_file(tensors, own / "model.safetensors")
+
+
+def compare_own(folder: str, cases: list[list[Any]]) -> dict[str, Any]:
+    """What `compare` finds of a family that only this process knows; and its export."""
+    from dataclasses import replace
+
+    from mtrl.models.families import Family, qwen3, register_family
+    from mtrl.models.hf import export_hf
+
+    register_family(
+        Family(
+            name="own",
+            architectures=("OwnForCausalLM",),
+            read_config=lambda hf: replace(qwen3.read_moe(hf), family="own"),
+            weights=own_weights,
+        )
+    )
+    found = {}
+    reference = load_file(Path(folder) / "own" / "logits.reference")
+    for groups, num_chunks, toy, name in each_case(cases):
+        model = load_toy(groups, num_chunks, Path(folder) / toy)
+        export_hf(model, Path(folder) / "own exported" / name)
+        found[name] = differences(model, reference)
+    return found
+
+
+def test_a_family_of_the_users_own_with_fused_experts_needs_a_table_alone(world: World, toys: Path) -> None:
+    write_own(toys, layers=4, experts=8)
+    runs = Runs(world, compare_own, toys, OWN_CASES)
+    expected = load_file(toys / "own" / "model.safetensors")
+    for case in OWN_CASES:
+        assert max(max(rank["logprobs"].values()) for rank in runs(case)) < TOLERANCE
+        found = load_file(toys / "own exported" / str(case) / "model.safetensors")
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.distributed.toy_runs import CASES, Case, Runs, each_case, load_toy, write_toys
 from tests.distributed.world import World
 
+pytestmark = pytest.mark.one_stack
+
 SHARD_BYTES = 60_000
 
 
