@@ -27,7 +27,8 @@ from mtrl.rollout.sampler import sample_on_all
 from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.trainer import Trainer
 from mtrl.weight_push.push import WeightPush
-from tests.rollout.toys import build_toy, logprob_difference, toy_prompts, write_folder
+from tests.rollout.toys import logprob_difference, toy_prompts
+from tests.toys import build_toy, write_folder
 
 NUM_UPDATES = 3
 # The long prompt spans two blocks of 128 tokens of the prefix cache: a stale block would show.

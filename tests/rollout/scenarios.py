@@ -18,15 +18,8 @@ from mtrl.parallel.errors import MtrlError
 from mtrl.parallel.spec import parse_rollout_spec
 from mtrl.rollout.protocol import RolloutEngine, SamplingSettings
 from mtrl.rollout.vllm_engine import VllmEngine
-from tests.rollout.toys import (
-    Kind,
-    build_toy,
-    hf_tensors,
-    logprob_difference,
-    reference_logits,
-    toy_prompts,
-    write_folder,
-)
+from tests.rollout.toys import logprob_difference, reference_logits, toy_prompts
+from tests.toys import Kind, build_toy, hf_tensors, write_folder
 
 SAMPLING = SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=12, num_samples=4, stop_token_ids=())
 # The two long prompts span several blocks of 128 tokens of the prefix cache: stale blocks would show.
