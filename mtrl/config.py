@@ -23,6 +23,9 @@ from mtrl.config_types import (
 )
 
 
+Decay = Literal["constant", "cosine", "linear"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStartSection(Section):
     """A phase of supervised fine-tuning (SFT) before the first rollout, so that one command runs both."""
@@ -42,7 +45,7 @@ class WarmStartSection(Section):
     """Samples of ``data.warm_start`` in each step, over all ranks."""
 
     learning_rate: PositiveFloat
-    """Peak learning rate of this phase; its decay is ``actor.optimizer``'s."""
+    """Learning rate of this phase, constant after its warm-up; other settings are ``actor.optimizer``'s."""
 
     warmup_steps: NonNegativeInt = 0
     """Steps in which the rate rises linearly from 0."""
@@ -134,7 +137,7 @@ class OptimizerSection(Section):
     warmup_steps: NonNegativeInt = 0
     """Steps in which the rate rises linearly from 0 to ``lr``."""
 
-    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay: Decay = "constant"
     """Shape of the way from ``lr`` to ``min_lr`` after the warm-up."""
 
     weight_decay: NonNegativeFloat = 0.0

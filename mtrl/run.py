@@ -59,7 +59,10 @@ def _warm_start(session: Session, sampling: Sampling, settings: WarmStartSection
         return (session.evaluate("sft") or 0.0) >= settings.until_accuracy
 
     session.trainer.start_phase(
-        total_steps=settings.total_steps, lr=settings.learning_rate, warmup_steps=settings.warmup_steps
+        total_steps=settings.total_steps,
+        lr=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        decay="constant",
     )
     train_sft(
         session,

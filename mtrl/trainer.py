@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtrl.config import OptimizerSection
+from mtrl.config import Decay, OptimizerSection
 from mtrl.models.builder import Model
 from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import NonFiniteError
@@ -76,8 +76,13 @@ class Trainer:
         )
         self.policy = Policy(model, self.chunks, temperature=temperature)
 
-    def start_phase(self, *, total_steps: int, lr: float, warmup_steps: int) -> None:
-        """Begin a phase: fresh moments, masters read from the model's weights, a new schedule."""
+    def start_phase(
+        self, *, total_steps: int, lr: float, warmup_steps: int, decay: Decay | None = None
+    ) -> None:
+        """Begin a phase: fresh moments, masters read from the model's weights, a new schedule.
+
+        ``decay`` is ``actor.optimizer.decay`` where it is None.
+        """
         settings, config = self.settings, self.model.transformer_config
         self.optimizer: Any = get_megatron_optimizer(
             OptimizerConfig(
@@ -106,7 +111,7 @@ class Trainer:
             lr_warmup_steps=warmup_steps,
             # Megatron divides by what the warm-up leaves of these.
             lr_decay_steps=max(total_steps, warmup_steps + 1),
-            lr_decay_style=settings.decay,
+            lr_decay_style=decay or settings.decay,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
             wd_incr_steps=total_steps,
