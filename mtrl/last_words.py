@@ -6,6 +6,7 @@ prints a report of its own; the error goes into that too, by way of torchrun's e
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -58,6 +59,9 @@ def leave(error: Exception) -> NoReturn:
     if isinstance(error, MtrlError):
         status = tell(error, has_started=True)
     else:
+        if re.search("Connection (reset|closed) by peer", str(error)):
+            # The peer has the error, and torchrun ends this process as soon as the peer has told it.
+            time.sleep(GRACE_S)
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -24,5 +24,5 @@ export VLLM_HOST_IP=${VLLM_HOST_IP:-127.0.0.1}
 # Nothing is reported to anyone, and nothing is fetched: models and data are folders.
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export TOKENIZERS_PARALLELISM=false
-exec "$bin/torchrun" --standalone --local-addr 127.0.0.1 --nproc-per-node "$num_processes" \
+exec "$bin/python" scripts/torchrun.py --standalone --local-addr 127.0.0.1 --nproc-per-node "$num_processes" \
   mtrl/train.py "$@" ${overrides[@]+"${overrides[@]}"}

@@ -21,10 +21,11 @@ class Finished:
     err: str
 
 
-def torchrun(folder: Path, *arguments: str, num_processes: int = 2, timeout_s: float = 240.0) -> Finished:
-    """``torchrun mtrl/train.py ARGUMENTS`` in ``folder``."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    return _run(folder, [*launch, f"--nproc-per-node={num_processes}", TRAIN, *arguments], timeout_s)
+def torchrun(folder: Path, *arguments: str, ours: bool = False, timeout_s: float = 240.0) -> Finished:
+    """``torchrun mtrl/train.py ARGUMENTS`` on two ranks in ``folder``; ``ours``: scripts/torchrun.py."""
+    program = [str(ROOT / "scripts" / "torchrun.py")] if ours else ["-m", "torch.distributed.run"]
+    launch = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node=2"]
+    return _run(folder, [sys.executable, *program, *launch, TRAIN, *arguments], timeout_s)
 
 
 def python(folder: Path, *arguments: str, stdin: str = "", timeout_s: float = 120.0) -> Finished:

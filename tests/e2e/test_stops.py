@@ -1,10 +1,11 @@
 """What a person sees of a run that was refused or stopped: the error, once, and the exit status."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.jobs import TRAIN, python, torchrun
+from tests.e2e.jobs import ROOT, TRAIN, python, torchrun
 
 
 def own_lines(text: str) -> list[str]:
@@ -58,9 +59,16 @@ def test_an_output_folder_that_holds_something_is_refused_and_kept(toy: Path) ->
 def test_a_mismatch_above_its_bound_stops_the_run(toy: Path) -> None:
     done = torchrun(
         toy, "grpo.yaml", "output_dir=runs/mismatch", "algorithm.max_k3_kl=1e-30",
-        "algorithm.warm_start=null", "data.warm_start=null",
+        "algorithm.warm_start=null", "data.warm_start=null", ours=True,
     )  # fmt: skip
-    (line,) = own_lines(done.err)
-    assert line.startswith("MismatchError: step 1: k3_kl between sampler and trainer is ")
-    assert done.status != 0 and "exitcode  : 2" in done.err
+    assert done.status == 2, done.err
+    assert re.fullmatch(r"MismatchError: step 1: k3_kl between sampler and trainer is [^\n]*\n", done.err)
     assert not (toy / "runs" / "mismatch" / "summary.json").exists()
+
+
+def test_our_torchrun_reports_a_process_that_died_without_words(toy: Path, tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    launch = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node=1", str(script)]
+    done = python(tmp_path, str(ROOT / "scripts" / "torchrun.py"), *launch)
+    assert done.status == 1 and "Signal 9 (SIGKILL) received" in done.err and "Traceback" not in done.err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtrl import last_words
-from mtrl.last_words import tell
+from mtrl.last_words import leave, tell
 from mtrl.parallel.errors import ConfigError, MismatchError, MtrlError, NonFiniteError, RolloutError
 
 pytestmark = pytest.mark.one_stack
@@ -72,6 +72,17 @@ def test_torchrun_finds_the_error_where_it_looks_for_it(
     assert (
         json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "ConfigError: seed: wrong"
     )
+
+
+def test_an_error_that_only_echoes_another_ranks_waits_for_that_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], waited: list[float]
+) -> None:
+    for name in ("os._exit", "sys.stdout.flush"):
+        monkeypatch.setattr(f"mtrl.last_words.{name}", lambda *_: None)
+    leave(RuntimeError("[pair.cc:537] Read error [127.0.0.1]:56502: Connection reset by peer. This is"))
+    assert waited == [last_words.GRACE_S]
+    leave(RuntimeError("out of memory"))
+    assert waited == [last_words.GRACE_S] and "out of memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
