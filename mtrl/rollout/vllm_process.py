@@ -59,6 +59,7 @@ _NOISE = (
     "Model Runner V2 requires Triton",
     "is not found in LD_PRELOAD",
     "CPU backend doesn't allow to use `torch.set_num_threads`",
+    "This model does not officially support disabling chunked prefill",
     "Using None for EOS token id because tokenizer is not initialized",
 )
 
