@@ -31,6 +31,8 @@ from mtrl.rollout.weight_loading import WeightLoader
 
 Dtype = Literal["float32", "bfloat16"]
 
+_MAX_PREFILL_TOKENS = 8192  # of all prompts in one forward pass, on CPU
+
 
 class VllmEngine:
     """A `RolloutEngine`; build it with `create`, one at a time in a process."""
@@ -80,6 +82,13 @@ class VllmEngine:
             logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
             trust_remote_code=False, enable_prefix_caching=True,
         )  # fmt: skip
+        if current_device().kind == "cpu":
+            # A prompt that is prefilled in parts makes vLLM rewind its request's generator, which torch's
+            # CPU generators cannot (v1/worker/gpu_model_runner.py, `set_offset`): prefill whole prompts.
+            arguments |= dict(
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(max_model_len, _MAX_PREFILL_TOKENS),
+            )
         if current_device().kind == "cuda":
             # The one expert kernel on CUDA that computes on weights in the layout they are loaded in.
             arguments["moe_backend"] = "triton"

@@ -151,6 +151,8 @@ def life_of_an_engine(folder: str) -> dict[str, Any]:
     found["texts"] = [[completion.text, len(completion.tokens)] for completion in first]
     found["torch is the trainer's"] = torch.set_num_threads is threads
     found["compiled"] = int(sum(torch._dynamo.utils.counters["frames"].values()))
+    # More prompt tokens than vLLM prefills at once unless told otherwise (2048): see vllm_engine.py.
+    found["crowd"] = len(engine.generate(toy_prompts(*[80] * 40), SAMPLING, seed=1)) // SAMPLING.num_samples
     found.update(_ways_to_sample(engine, model))
     found["refused requests"] = _refused_requests(engine)
     found["bad later loads"] = _bad_later_loads(engine)

@@ -33,6 +33,10 @@ def test_a_completion_does_not_depend_on_what_is_sampled_with_it(life: dict[str,
     assert together == [tokens for _, _, tokens, _ in life["share"]]
 
 
+def test_many_seeded_prompts_can_be_prefilled_together(life: dict[str, Any]) -> None:
+    assert life["crowd"] == 40
+
+
 def test_the_trainers_random_states_stay_as_they_were(life: dict[str, Any]) -> None:
     assert life["states kept by create"] and life["states kept by generate"]
 
