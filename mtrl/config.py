@@ -22,7 +22,6 @@ from mtrl.config_types import (
     Section,
 )
 
-
 Decay = Literal["constant", "cosine", "linear"]
 
 

@@ -144,8 +144,8 @@ def test_sft_asks_for_its_own_keys_and_not_for_those_of_grpo(tmp_path: Path) -> 
 
 
 def test_ending_the_warm_start_by_accuracy_needs_held_out_prompts(tmp_path: Path) -> None:
-    early = f"{WARM_START}\nalgorithm.warm_start.until_accuracy=0.5"
-    overrides = [*early.splitlines(), "data.warm_start=sft.jsonl", "data.eval=null", "evaluation.every_steps=0"]
+    early = [WARM_START, "algorithm.warm_start.until_accuracy=0.5", "data.warm_start=sft.jsonl"]
+    overrides = [*early, "data.eval=null", "evaluation.every_steps=0"]
     with pytest.raises(ConfigError, match=r"until_accuracy: given without data\.eval"):
         check_config(load(tmp_path, *overrides), 2)
 
