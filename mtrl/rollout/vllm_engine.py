@@ -87,7 +87,9 @@ class VllmEngine:
             # CPU generators cannot (v1/worker/gpu_model_runner.py, `set_offset`): prefill whole prompts.
             arguments |= dict(
                 enable_chunked_prefill=False,
-                max_num_batched_tokens=max(max_model_len, _MAX_PREFILL_TOKENS),
+                max_num_batched_tokens=min(
+                    max(max_model_len, _MAX_PREFILL_TOKENS), max_num_seqs * max_model_len
+                ),
             )
         if current_device().kind == "cuda":
             # The one expert kernel on CUDA that computes on weights in the layout they are loaded in.
