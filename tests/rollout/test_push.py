@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.world import World
-from tests.rollout import pushess
-from tests.rollout.pushess import CASES, NUM_UPDATES
+from tests.rollout import push_scenarios
+from tests.rollout.push_scenarios import CASES, NUM_UPDATES
 
 pytestmark = pytest.mark.vllm
 
@@ -31,7 +31,7 @@ def pushes(rollout_world: World, tmp_path_factory: pytest.TempPathFactory) -> Pu
     @functools.cache
     def run(size: int) -> list[Any]:
         folder = str(tmp_path_factory.mktemp("pushes"))
-        return rollout_world.run(pushess.pushes, {"folder": folder}, size=size, timeout_s=280)
+        return rollout_world.run(push_scenarios.pushes, {"folder": folder}, size=size, timeout_s=280)
 
     return run
 
