@@ -22,7 +22,7 @@ from mtrl.batch import Completion, Prompt
 from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
-from mtrl.rollout import vllm_mends, vllm_process
+from mtrl.rollout import vllm_mends, vllm_process, vllm_short_paths
 from mtrl.rollout.loader_record import LoaderRecord
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.rng import preserved_rng_states
@@ -48,6 +48,7 @@ class VllmEngine:
         self._policy_version: int | None = None
         self._num_requests = 0
         self._model = llm.model_executor.driver_worker.worker.model_runner.get_model()
+        vllm_short_paths.install(self._model)
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._loader = WeightLoader(self._model, getattr(torch, dtype), self._group)
 
