@@ -1,5 +1,7 @@
 """The phases of a run, in order."""
 
+import shlex
+
 from mtrl.config import WarmStartSection
 from mtrl.preflight import Job
 from mtrl.progress import ComparisonRow, print_comparison
@@ -84,3 +86,8 @@ def _print_end(session: Session) -> None:
         print_comparison("What GRPO did", [row])
         print(f"plot:   {session.folder.plot_path}")
     print(f"model:  {summary['model_path']}")
+    prompts = session.job.eval_prompts or session.job.train_prompts
+    prompt = f" --prompt {shlex.quote(prompts[0].text)}" if prompts and "\n" not in prompts[0].text else ""
+    print("\nTry next:")
+    print(f"  python tools/generate.py --model {summary['model_path']}{prompt}")
+    print("  docs/own_model.md: the same from a Hugging Face folder of your own (model.path=FOLDER)")

@@ -39,7 +39,8 @@ def test_the_terminal_shows_the_run_and_nothing_else(grpo: Finished) -> None:
     assert shown[0].startswith("held-out accuracy after step 0: ")
     assert any(line.startswith("sft 4/4  loss ") for line in shown)
     assert any(line.startswith("grpo 3/3  reward ") for line in shown)
-    assert shown[-1] == "model:  runs/grpo/checkpoints/step_000007"
+    assert "model:  runs/grpo/checkpoints/step_000007" in shown
+    assert any(line.startswith("  python tools/generate.py --model runs/grpo/checkpoints") for line in shown)
 
 
 def test_a_run_leaves_its_files(run: Path) -> None:
