@@ -11,6 +11,7 @@ from mtrl.models.megatron_config import Precision, to_transformer_config
 from mtrl.models.stages import Stages
 from mtrl.models.weight_map import WeightMap, check_model_fits, padded_vocab_size
 from mtrl.parallel.device import current_device
+from mtrl.parallel.errors import LayoutError
 from mtrl.parallel.groups import ParallelGroups
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -76,10 +77,12 @@ def build_model(
         overrides: fields of Megatron's ``TransformerConfig``.
 
     Raises:
-        LayoutError: a size of the model is not divided by its axis.
+        LayoutError: a size of the model is not divided by its axis, or the spec has context parallelism.
     """
     spec = groups.layout.spec
     check_model_fits(config, spec)
+    if spec.attn.cp > 1:
+        raise LayoutError(f"{spec}: context parallelism (c{spec.attn.cp}) is not built yet; write it without c")
     stages = Stages.balanced(config.num_layers, spec.attn.pp, num_chunks)
     transformer_config = to_transformer_config(config, groups, stages, precision=precision, **overrides)
     chunks = tuple(_build_chunk(config, transformer_config, groups, stages, n) for n in range(num_chunks))
