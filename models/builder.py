@@ -82,7 +82,9 @@ def build_model(
     spec = groups.layout.spec
     check_model_fits(config, spec)
     if spec.attn.cp > 1:
-        raise LayoutError(f"{spec}: context parallelism (c{spec.attn.cp}) is not built yet; write it without c")
+        raise LayoutError(
+            f"{spec}: context parallelism (c{spec.attn.cp}) is not built yet; write it without c"
+        )
     stages = Stages.balanced(config.num_layers, spec.attn.pp, num_chunks)
     transformer_config = to_transformer_config(config, groups, stages, precision=precision, **overrides)
     chunks = tuple(_build_chunk(config, transformer_config, groups, stages, n) for n in range(num_chunks))
