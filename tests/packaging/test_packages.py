@@ -30,7 +30,9 @@ for info in pkgutil.walk_packages(mtrl.__path__, "mtrl."):
     try:
         importlib.import_module(info.name)
     except ImportError as error:
-        assert not has_vllm and "vllm" in str(error), (info.name, error)
+        # The peer's side of a benchmark runs in an environment that has the peer.
+        is_peers = (info.name, error.name) == ("mtrl.tools.bench.trl_grpo", "trl")
+        assert is_peers or (not has_vllm and "vllm" in str(error)), (info.name, error)
     num_modules += 1
 for name in ("parallel", "models", "tools"):
     spec = importlib.util.find_spec(name)

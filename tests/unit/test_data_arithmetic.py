@@ -105,9 +105,11 @@ def test_beside_a_qwen3_moe_config_it_is_the_same_tokenizer(
     assert again.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.vllm
 def test_vllm_reads_the_tokenizer(task: ArithmeticTask) -> None:
-    tokenizers = pytest.importorskip("vllm.tokenizers")
-    theirs = tokenizers.get_tokenizer(str(task.tokenizer))
+    from vllm.tokenizers import get_tokenizer
+
+    theirs = get_tokenizer(str(task.tokenizer))
     assert theirs.encode("37+58=") == build_tokenizer().encode("37+58=").ids
     assert theirs.decode([12, 9, 2], skip_special_tokens=True) == "85"
 
