@@ -121,7 +121,7 @@ def about(given: argparse.Namespace) -> dict[str, str]:
         "command": f"`python -m mtrl.tools.bench.grpo_step --rounds {given.rounds} --steps {given.steps}`",
         "commit": commit + (" and uncommitted changes" if changed else ""),
         "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}",
-        "load": "the 1-minute load average before each run is in the numbers",
+        "scheduling": _scheduling(),
         "Python": platform.python_version(),
         "mtrl's packages": _listed(ours),
         "TRL's packages": _listed(theirs),
@@ -130,6 +130,14 @@ def about(given: argparse.Namespace) -> dict[str, str]:
 
 def _listed(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _scheduling() -> str:
+    """How this process and those it starts share the cores with whatever else runs."""
+    policy = os.sched_getscheduler(0)
+    names = {os.SCHED_OTHER: "the usual", os.SCHED_FIFO: "real time (SCHED_FIFO)"}
+    priority = f"{names.get(policy, str(policy))}, nice {os.getpriority(os.PRIO_PROCESS, 0)}"
+    return f"{priority}; the 1-minute load average before each run is in the numbers"
 
 
 def _vllm_version() -> str:
