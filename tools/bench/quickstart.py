@@ -145,7 +145,7 @@ def summary_lines(numbers: Mapping[str, Any]) -> str:
         control = f" With shuffled rewards it ends at {numbers['control']['accuracy_after_grpo']:.0%}."
     return (
         f"On {numbers['machine']}, from nothing with a warm registry: {first['seconds_from_outside']:.0f} s, "
-        f"{first['peak_memory_bytes'] / 1e9:.1f} GB;\nheld-out accuracy after SFT -> after GRPO, seeds "
+        f"{first['peak_memory_bytes'] / 1e9:.1f} GB;\nheld-out accuracy after SFT -> after GRPO, seed "
         f"{', '.join(str(run['seed']) for run in runs)}: {after}.{control}\nEvery figure, with its command "
         "and commit: [docs/quickstart.md](docs/quickstart.md); a step beside TRL's: "
         "[docs/benchmarks.md](docs/benchmarks.md)."
