@@ -1,38 +1,35 @@
 """Build this rank's pipeline chunks of a model: Megatron-Core's GPTModel with a backend's modules."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from mtrl.models.backends import torch_native
+from mtrl.models.backends.torch_native.layers import layer_spec
+from mtrl.models.backends.torch_native.norms import RMSNorm
+from mtrl.models.backends.torch_native.places import places
+from mtrl.models.backends.torch_native.rotary import PackedRotary, inverse_frequencies
 from mtrl.models.config import ModelConfig
 from mtrl.models.megatron_config import Precision, to_transformer_config
 from mtrl.models.stages import Stages
 from mtrl.models.weight_map import WeightMap, check_model_fits, padded_vocab_size
 from mtrl.parallel.device import current_device
-from mtrl.parallel.errors import LayoutError
 from mtrl.parallel.groups import ParallelGroups
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+
+STATE_BUFFERS = ("router.expert_bias",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +55,16 @@ class Model:
             for name, parameter in chunk.named_parameters()
         }
 
+    def tensors(self) -> dict[tuple[int, str], torch.Tensor]:
+        """Parameters, and the buffers that a checkpoint holds too (the experts' selection bias)."""
+        buffers = {
+            (number, name): buffer
+            for number, chunk in enumerate(self.chunks)
+            for name, buffer in chunk.named_buffers()
+            if name.endswith(STATE_BUFFERS)
+        }
+        return {**self.parameters(), **buffers}
+
 
 def build_model(
     config: ModelConfig,
@@ -77,20 +84,19 @@ def build_model(
         overrides: fields of Megatron's ``TransformerConfig``.
 
     Raises:
-        LayoutError: a size of the model is not divided by its axis, or the spec has context parallelism.
+        LayoutError: a size of the model is not divided by its axis.
     """
     spec = groups.layout.spec
     check_model_fits(config, spec)
-    if spec.attn.cp > 1:
-        raise LayoutError(
-            f"{spec}: context parallelism (c{spec.attn.cp}) is not built yet; write it without c"
-        )
     stages = Stages.balanced(config.num_layers, spec.attn.pp, num_chunks)
     transformer_config = to_transformer_config(config, groups, stages, precision=precision, **overrides)
+    _, rotary_scale = inverse_frequencies(config.rope, config.head_dim)
+    if rotary_scale != 1.0 and config.mla is None:
+        # Megatron scales cosines and sines by 0.1 ln(f) + 1 of this attribute, which is no field of its
+        # dataclass; this f gives the checkpoint's scale.
+        transformer_config.yarn_rotary_scaling_factor = math.exp(10 * (rotary_scale - 1))
     chunks = tuple(_build_chunk(config, transformer_config, groups, stages, n) for n in range(num_chunks))
-    weight_map = WeightMap(
-        config=config, layout=groups.layout, stages=stages, places=torch_native.places(config)
-    )
+    weight_map = WeightMap(config=config, layout=groups.layout, stages=stages, places=places(config))
     return Model(
         config=config,
         transformer_config=transformer_config,
@@ -108,8 +114,7 @@ def _build_chunk(
     model: nn.Module = GPTModel(
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[_layer_spec(config, is_moe=layer in config.moe_layers) for layer in layers],
-            layer_norm=torch_native.RMSNorm,
+            layer_specs=[layer_spec(config, groups, layer) for layer in layers], layer_norm=RMSNorm
         ),
         vocab_size=padded_vocab_size(config.vocab_size, groups.layout.spec.attn.tp),
         max_sequence_length=config.max_position_embeddings,
@@ -118,19 +123,30 @@ def _build_chunk(
         parallel_output=True,
         share_embeddings_and_output_weights=config.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=config.rope_theta,
+        rotary_base=config.rope.theta,
         pg_collection=groups.collection,
         vp_stage=chunk if stages.num_chunks > 1 else None,
     )
-    model.rotary_pos_emb = torch_native.PackedRotary(
-        kv_channels=config.head_dim,
-        rotary_percent=1.0,
-        rotary_base=config.rope_theta,
-        use_cpu_initialization=megatron.use_cpu_initialization,
-        cp_group=groups.attn.cp,
-    )
+    _replace_rotary(model, config, groups, on_cpu=megatron.use_cpu_initialization)
     _mark_sharded_weights(model)
     return model.to(current_device().torch_device)
+
+
+def _replace_rotary(model: nn.Module, config: ModelConfig, groups: ParallelGroups, *, on_cpu: bool) -> None:
+    """Put the rotary embedding of packed segments where Megatron keeps its own: in the model, or, for latent
+    attention, in each layer.
+    """
+    if config.mla is None:
+        rotary = PackedRotary(config.rope, config.head_dim, cp_group=groups.attn.cp, on_cpu=on_cpu)
+        model.rotary_pos_emb = rotary
+        return
+    rotary = PackedRotary(
+        config.rope, config.mla.rope_dim, cp_group=groups.attn.cp, on_cpu=on_cpu,
+        gives_scale=config.rope.kind == "yarn",
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            module.rotary_pos_emb = rotary
 
 
 def _mark_sharded_weights(model: nn.Module) -> None:
@@ -146,31 +162,3 @@ def _mark_sharded_weights(model: nn.Module) -> None:
         sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
         if sharded and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
-
-
-def _layer_spec(config: ModelConfig, *, is_moe: bool) -> ModuleSpec:
-    backend = torch_native.TorchNativeProvider()
-    norm = backend.layer_norm(rms_norm=True)
-    attention = SelfAttentionSubmodules(
-        linear_qkv=backend.column_parallel_linear(),
-        core_attention=backend.core_attention(),
-        linear_proj=backend.row_parallel_linear(),
-        q_layernorm=norm if config.qk_norm else IdentityOp,
-        k_layernorm=norm if config.qk_norm else IdentityOp,
-    )
-    num_experts = config.moe.num_experts if is_moe and config.moe else None
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=attention,
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )

@@ -2,20 +2,55 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from mtrl.parallel.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv 2104.09864).
+
+    ``kind`` and ``scaling`` are Hugging Face's ``rope_type`` and the other entries of ``rope_parameters``.
+    ``fraction`` of each head's dims is rotated. ``default_length`` is the length before scaling, used where
+    ``scaling`` names no ``original_max_position_embeddings``.
+    """
+
+    theta: float
+    kind: str = "default"
+    fraction: float = 1.0
+    default_length: int = 0
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaConfig:
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1).
+
+    ``query_rank`` is None where queries are projected in one step. A query or key head has ``nope_dim``
+    dims without and ``rope_dim`` dims with rotary position, a value head ``value_dim``.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeConfig:
     """The mixture-of-experts part of a model.
 
-    ``moe_layers`` are the (0-based) layers whose MLP is a mixture; the others are dense.
-    ``normalize_top_k``: the chosen experts' probabilities are rescaled to sum to 1.
+    ``moe_layers`` are the (0-based) layers whose MLP is a mixture; the others are dense. ``score`` turns
+    the router's logits into scores over all experts. ``normalize_top_k``: the chosen experts' scores are
+    rescaled to sum to 1, then multiplied by ``scale``. ``selection_bias``: each expert has a bias that counts
+    in choosing and not in weighing (DeepSeek-V3's load balancing, arXiv 2408.15664). With ``num_groups`` > 1
+    experts are chosen from the best ``top_groups`` groups only. ``shared_hidden_size`` > 0 is an expert that
+    every token visits; ``shared_gate`` multiplies its output by a sigmoid of the token.
     """
 
     num_experts: int
@@ -23,13 +58,28 @@ class MoeConfig:
     expert_hidden_size: int
     normalize_top_k: bool
     moe_layers: tuple[int, ...]
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    scale: float = 1.0
+    selection_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    shared_hidden_size: int = 0
+    shared_gate: bool = False
+
+
+QkNorm = Literal["none", "head", "all_heads"]
+"""RMSNorm of queries and keys: none, over each head's dims, or over the dims of all heads together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes in elements; ``moe`` is None for a dense model.
 
-    ``hf_config`` is the Hugging Face dictionary it was read from, kept for exporting.
+    ``qkv_bias``: queries, keys and values have a bias; ``linear_bias``: every other linear layer too, the
+    router and the experts included. ``sinks``: a learned logit per head joins each softmax and takes no value
+    (arXiv 2309.17453). ``windows[layer]``, where there are any, is how many keys a query sees, itself
+    included; 0 is all. ``activation`` ``"clamped_swiglu"`` is gpt-oss's. ``hf_config`` is the Hugging Face
+    dictionary it was read from, kept for exporting.
     """
 
     family: str
@@ -41,11 +91,17 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
-    rope_theta: float
+    rope: RopeConfig
     norm_eps: float
     tie_embeddings: bool
-    qk_norm: bool
-    moe: MoeConfig | None
+    qk_norm: QkNorm = "none"
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    sinks: bool = False
+    windows: tuple[int, ...] = ()
+    activation: Literal["silu", "clamped_swiglu"] = "silu"
+    mla: MlaConfig | None = None
+    moe: MoeConfig | None = None
     hf_config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -57,7 +113,7 @@ class ModelConfig:
 
     def extents(self) -> dict[str, int]:
         """Size of each weight symbol of ``roles.py`` in the whole model."""
-        moe = self.moe
+        moe, mla = self.moe, self.mla
         return {
             "v": self.vocab_size,
             "h": self.hidden_size,
@@ -66,10 +122,21 @@ class ModelConfig:
             "k": 1,
             "d": self.head_dim,
             "u": 1,
+            "c": 2,
+            "o": 1,
             "i": self.intermediate_size,
             "n": moe.num_experts if moe else 0,
             "e": moe.num_experts if moe else 0,
             "j": moe.expert_hidden_size if moe else 0,
+            "s": moe.shared_hidden_size if moe else 0,
+            "m": self.num_attention_heads,
+            "a": (mla.query_rank or 0) if mla else 0,
+            "A": (mla.query_rank or 0) if mla else 0,
+            "b": mla.kv_rank + mla.rope_dim if mla else 0,
+            "B": mla.kv_rank if mla else 0,
+            "x": mla.nope_dim + mla.rope_dim if mla else 0,
+            "y": mla.nope_dim + mla.value_dim if mla else 0,
+            "w": mla.value_dim if mla else 0,
         }
 
     @property
@@ -109,17 +176,32 @@ def require(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def plain_rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base of a config without rope scaling, in the old or the transformers 5 layout.
+def read_rope(
+    config: Mapping[str, Any], *, kinds: tuple[str, ...], theta: float = 10000.0, fraction: float = 1.0
+) -> RopeConfig:
+    """The rotary settings of a config, in the old or the transformers 5 layout.
+
+    Args:
+        config: the Hugging Face dictionary.
+        kinds: the ``rope_type`` values that the family's models are known to use.
+        theta: transformers' default base for this architecture.
+        fraction: its default fraction of rotated dims.
 
     Raises:
-        ModelError: the config asks for a scaled rope (yarn, llama3, ...), which this family's reader
-            does not know.
+        ModelError: the config asks for a scaling that is not in ``kinds``.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind not in kinds:
         raise ModelError(
-            f"rope type {kind!r} is not supported for {config.get('architectures')}; only 'default'"
+            f"rope type {kind!r} is not supported for {config.get('architectures')}; only {', '.join(kinds)}"
         )
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    found = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return RopeConfig(
+        theta=float(rope.pop("rope_theta", None) or config.get("rope_theta") or theta),
+        kind=kind,
+        fraction=fraction if found is None else float(found),
+        default_length=int(config.get("max_position_embeddings") or 0),
+        scaling=MappingProxyType({key: value for key, value in rope.items() if value is not None}),
+    )

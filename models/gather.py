@@ -73,7 +73,7 @@ class TensorGather:
 
         Collective over WORLD: every rank must exhaust its iterator. A yielded tensor is new memory.
         """
-        tensors = self.model.parameters()
+        tensors = self.model.tensors()
         shapes, rank = self.model.weight_map.hf_shapes(), self.model.groups.rank
 
         def read(transfer: Transfer) -> torch.Tensor:

@@ -6,7 +6,7 @@ come through the same door, so they are the same for every layout.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from mtrl.models.builder import Model
 from mtrl.models.gather import TensorGather
 from mtrl.models.hf_folder import INDEX_NAME, SINGLE_NAME, check_names, weight_files
 from mtrl.models.pieces import check_coverage, fill_padding, write_stored
+from mtrl.models.weight_map import WeightMap
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
 
@@ -76,7 +77,7 @@ class SafetensorsSource:
 
 
 class RandomSource:
-    """Weights for training from scratch: norms are 1, all else normal with mean 0.
+    """Weights for training from scratch: norms are 1, biases and sinks 0, all else normal with mean 0.
 
     Each tensor has a generator of its own, seeded by (seed, name): the model does not depend on the
     layout, nor a tensor on the order of reading. ``std`` defaults to the config's
@@ -93,6 +94,8 @@ class RandomSource:
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The elements of ``box`` of tensor ``name``, float32."""
         shape = self._shapes[name]
+        if name.endswith(("bias", "sinks")):
+            return torch.zeros(box.shape)
         if len(shape) == 1:
             return torch.ones(box.shape)
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
@@ -107,14 +110,21 @@ def load_weights(model: Model, source: TensorSource) -> None:
         WeightError: the source lacks a tensor, has one that no row of the table reads, or a shape
             differs; the message lists the names. Nothing is written in that case.
     """
-    check_names(model.config, model.weight_map.hf_shapes(), source.shapes())
-    weights = model.weight_map.of_rank(model.groups.rank)
-    tensors = model.parameters()
+    found = source.shapes()
+    weight_map = choose_format(model.weight_map, found)
+    check_names(model.config, weight_map.hf_shapes(), found)
+    weights = weight_map.of_rank(model.groups.rank)
+    tensors = model.tensors()
     check_coverage(tensors, weights)
     fill_padding(tensors, weights)
     for piece in weights.pieces:
         for simple in piece.simple():
             write_stored(tensors, simple, source.read(simple.hf.name, simple.stored))
+
+
+def choose_format(weight_map: WeightMap, found: Mapping[str, tuple[int, ...]]) -> WeightMap:
+    """The map of the format whose names a source has most of; the published one where several tie."""
+    return max(weight_map.formats(), key=lambda each: len(each.hf_shapes().keys() & found.keys()))
 
 
 def load_hf(model: Model, folder: Path) -> None:

@@ -10,7 +10,10 @@ from mtrl.models.stages import Stages
 from mtrl.parallel.device import current_device
 from mtrl.parallel.groups import ParallelGroups
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -40,12 +43,14 @@ def to_transformer_config(
         "num_query_groups": config.num_kv_heads,
         "kv_channels": config.head_dim,
         "ffn_hidden_size": config.intermediate_size,
+        "transformer_impl": "local",
         "normalization": "RMSNorm",
         "layernorm_epsilon": config.norm_eps,
-        "qk_layernorm": config.qk_norm,
+        "qk_layernorm": config.qk_norm != "none" or config.mla is not None,
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "add_bias_linear": False,
+        "add_bias_linear": config.linear_bias,
+        "add_qkv_bias": config.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,
@@ -66,8 +71,10 @@ def to_transformer_config(
         "expert_tensor_parallel_size": spec.ffn.etp,
         **_pipeline_fields(stages),
         **_moe_fields(config),
+        **_mla_fields(config),
     }
-    return TransformerConfig(**{**fields, **overrides})
+    kind = MLATransformerConfig if config.mla else TransformerConfig
+    return kind(**{**fields, **overrides})
 
 
 def _pipeline_fields(stages: Stages) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def _moe_fields(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
         return {}
-    return {
+    fields: dict[str, Any] = {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
         "moe_ffn_hidden_size": moe.expert_hidden_size,
@@ -100,4 +107,33 @@ def _moe_fields(config: ModelConfig) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
+        "moe_router_score_function": moe.score,
+        "moe_router_topk_scaling_factor": moe.scale if moe.scale != 1.0 else None,
+        "moe_router_enable_expert_bias": moe.selection_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_shared_expert_intermediate_size": moe.shared_hidden_size or None,
+        "moe_shared_expert_gate": moe.shared_gate,
+        "moe_grouped_gemm": False,
+    }
+    if moe.num_groups > 1:
+        fields |= {"moe_router_num_groups": moe.num_groups, "moe_router_group_topk": moe.top_groups}
+    return fields
+
+
+def _mla_fields(config: ModelConfig) -> dict[str, Any]:
+    mla, scaling = config.mla, config.rope.scaling
+    if mla is None:
+        return {}
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": mla.query_rank,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_head_dim": mla.nope_dim,
+        "qk_pos_emb_head_dim": mla.rope_dim,
+        "v_head_dim": mla.value_dim,
+        "rope_type": "yarn" if config.rope.kind == "yarn" else "rope",
+        "rotary_base": config.rope.theta,
+        # These two make the softmax scale; the frequencies are the backend's (rotary.py).
+        "rotary_scaling_factor": float(scaling.get("factor", 1.0)),
+        "mscale_all_dim": float(scaling.get("mscale_all_dim", 0.0)),
     }

@@ -1,6 +1,10 @@
 """How packed sequences reach attention: their boundaries, positions and a plan to attend by.
 
-Legend: T tokens of a microbatch, S segments, L padded length of a bucket, H heads, D head dim.
+Legend: T tokens of a microbatch's row, S segments, L padded queries and K padded keys of a segment.
+
+Context parallel ranks share a row in zigzag: it is cut into 2 * cp equal chunks, and rank r has chunks r and
+2 * cp - 1 - r, so that late tokens, which attend to more, are dealt evenly (Llama 3, arXiv 2407.21783,
+section 3.3.2). Chunks cut through segments where they fall; positions and masks say what belongs together.
 """
 
 from dataclasses import dataclass
@@ -16,20 +20,26 @@ from megatron.core.packed_seq_params import PackedSeqParams
 class SegmentBucket:
     """Segments of similar length, attended together as one padded batch.
 
-    ``gather_SL`` (int64) is the token of each position of the padded batch; positions past a
-    segment's end repeat its last token, which is causal-safe: no real token attends to them.
+    ``query_SL`` and ``key_SK`` (int64) are rows of this rank's queries and of all ranks' keys, laid end to
+    end by rank. ``query_offsets_SL`` is each query's position in its segment; key k of a segment has position
+    k. Past a segment's end its last token is repeated, at a position that no real token attends to.
+    ``is_whole``: the queries are the keys' tokens, so that causal order needs no mask.
     """
 
-    gather_SL: torch.Tensor
+    query_SL: torch.Tensor
+    query_offsets_SL: torch.Tensor
+    key_SK: torch.Tensor
+    is_whole: bool
 
 
 @dataclass
 class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     """Megatron's packed-sequence argument, with what ``torch_native`` needs besides.
 
-    Megatron's own fields describe one sequence of all T tokens: the boundaries matter to attention
-    and to rotary positions only, and both take them from here. ``positions_T`` restarts at 0 in each
-    segment. ``scatter_T`` says, for each token, its row among all buckets' rows laid end to end.
+    Megatron's own fields describe one sequence of all T tokens, of which it gives context parallel ranks the
+    zigzag chunks described above: the boundaries matter to attention and to rotary positions only, and both
+    take them from here. ``positions_T`` is of the whole row and restarts at 0 in each segment. ``scatter_T``
+    says, for each of this rank's tokens, its row among all buckets' rows laid end to end.
     """
 
     positions_T: torch.Tensor | None = None
@@ -37,17 +47,15 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     scatter_T: torch.Tensor | None = None
 
     @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedSegments":
-        """Segments of these lengths, in order; their sum is T."""
+    def from_lengths(
+        cls, lengths: list[int], device: torch.device, *, cp: int = 1, cp_rank: int = 0
+    ) -> "PackedSegments":
+        """Segments of these lengths, in order; their sum is T, which ``2 * cp`` divides where cp > 1."""
         total = sum(lengths)
-        starts, position = [], 0
-        for length in lengths:
-            starts.append(position)
-            position += length
         lengths_S = torch.tensor(lengths, dtype=torch.int64)
-        starts_S = torch.tensor(starts, dtype=torch.int64)
+        starts_S = lengths_S.cumsum(0) - lengths_S
         positions = torch.arange(total) - torch.repeat_interleave(starts_S, lengths_S)
-        buckets, scatter = _bucket(lengths_S, starts_S, total)
+        buckets, scatter = _bucket(lengths_S, starts_S, total, cp, cp_rank)
         cu_seqlens = torch.tensor([0, total], dtype=torch.int32, device=device)
         return cls(
             qkv_format="thd",
@@ -56,28 +64,82 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_q=total,
             max_seqlen_kv=total,
             positions_T=positions.to(device),
-            buckets=tuple(SegmentBucket(gather_SL=gather.to(device)) for gather in buckets),
+            buckets=tuple(_on_device(bucket, device) for bucket in buckets),
             scatter_T=scatter.to(device),
         )
 
 
+def zigzag_tokens(total: int, cp: int, cp_rank: int) -> torch.Tensor:
+    """Which tokens of a row a context parallel rank has, in the order it has them; int64 [total / cp].
+
+    >>> zigzag_tokens(8, cp=2, cp_rank=0).tolist()
+    [0, 1, 6, 7]
+    """
+    if cp == 1:
+        return torch.arange(total)
+    assert total % (2 * cp) == 0, f"a row of {total} tokens has no {2 * cp} equal chunks"
+    chunks = torch.arange(total).view(2 * cp, -1)
+    return torch.cat((chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]))
+
+
+def _on_device(bucket: SegmentBucket, device: torch.device) -> SegmentBucket:
+    return SegmentBucket(
+        query_SL=bucket.query_SL.to(device),
+        query_offsets_SL=bucket.query_offsets_SL.to(device),
+        key_SK=bucket.key_SK.to(device),
+        is_whole=bucket.is_whole,
+    )
+
+
 def _bucket(
-    lengths_S: torch.Tensor, starts_S: torch.Tensor, total: int
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+    lengths_S: torch.Tensor, starts_S: torch.Tensor, total: int, cp: int, cp_rank: int
+) -> tuple[list[SegmentBucket], torch.Tensor]:
     """Group segments whose lengths have the same power of two above them; pad each to its longest."""
+    own_tokens = zigzag_tokens(total, cp, cp_rank)
+    is_own_T = torch.zeros(total, dtype=torch.bool)
+    is_own_T[own_tokens] = True
+    own_row_T = torch.empty(total, dtype=torch.int64)
+    own_row_T[own_tokens] = torch.arange(len(own_tokens))
+    gathered_row_T = torch.empty(total, dtype=torch.int64)
+    gathered_row_T[torch.cat([zigzag_tokens(total, cp, rank) for rank in range(cp)])] = torch.arange(total)
+
     ceilings_S = torch.ceil(torch.log2(lengths_S.double())).long()
-    gathers: list[torch.Tensor] = []
-    scatter_T = torch.empty(total, dtype=torch.int64)
+    buckets: list[SegmentBucket] = []
+    scatter = torch.empty(len(own_tokens), dtype=torch.int64)
     row = 0
     for ceiling in ceilings_S.unique().tolist():
         members = (ceilings_S == ceiling).nonzero().squeeze(1)
-        longest = int(lengths_S[members].max())
-        offsets_SL = torch.arange(longest).expand(len(members), longest)
-        last_S1 = (lengths_S[members] - 1).unsqueeze(1)
-        gather_SL = starts_S[members].unsqueeze(1) + torch.minimum(offsets_SL, last_S1)
-        is_real_SL = offsets_SL <= last_S1
-        rows_SL = row + torch.arange(gather_SL.numel()).view_as(gather_SL)
-        scatter_T[gather_SL[is_real_SL]] = rows_SL[is_real_SL]
-        gathers.append(gather_SL)
-        row += gather_SL.numel()
-    return gathers, scatter_T
+        keys_SK = _padded(lengths_S[members]) + starts_S[members].unsqueeze(1)
+        is_query_SK = is_own_T[keys_SK] & _is_real(lengths_S[members])
+        has_queries_S = is_query_SK.any(1)
+        if not bool(has_queries_S.any()):
+            continue
+        keys_SK, is_query_SK = keys_SK[has_queries_S], is_query_SK[has_queries_S]
+        # The offsets of the real queries first, in order; a stable sort keeps it.
+        num_queries_S = is_query_SK.sum(1)
+        order_SK = torch.argsort((~is_query_SK).int(), dim=1, stable=True)
+        offsets_SL = order_SK.gather(1, _padded(num_queries_S))
+        tokens_SL = keys_SK.gather(1, offsets_SL)
+        rows_SL = row + torch.arange(tokens_SL.numel()).view_as(tokens_SL)
+        is_real_SL = _is_real(num_queries_S)
+        scatter[own_row_T[tokens_SL[is_real_SL]]] = rows_SL[is_real_SL]
+        buckets.append(
+            SegmentBucket(
+                query_SL=own_row_T[tokens_SL],
+                query_offsets_SL=offsets_SL,
+                key_SK=gathered_row_T[keys_SK],
+                is_whole=cp == 1,
+            )
+        )
+        row += tokens_SL.numel()
+    return buckets, scatter
+
+
+def _padded(lengths_S: torch.Tensor) -> torch.Tensor:
+    """0, 1, ... up to each length, its last repeated up to the longest; int64 [S, longest]."""
+    offsets_SL = torch.arange(int(lengths_S.max())).expand(len(lengths_S), -1)
+    return torch.minimum(offsets_SL, (lengths_S - 1).unsqueeze(1))
+
+
+def _is_real(lengths_S: torch.Tensor) -> torch.Tensor:
+    return torch.arange(int(lengths_S.max())) < lengths_S.unsqueeze(1)

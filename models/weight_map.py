@@ -6,7 +6,7 @@ push read it and never look at parameter names themselves.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mtrl.models.boxes import Box, Padding, Piece, Place, Range
 from mtrl.models.config import ModelConfig
@@ -46,6 +46,11 @@ def check_model_fits(config: ModelConfig, spec: ParallelSpec) -> None:
     ]
     if config.dense_layers:
         needs.append((config.intermediate_size, tp, "MLP hidden size", "attn t"))
+    if config.mla:
+        needs.append((config.mla.query_rank or tp, tp, "query rank", "attn t"))
+        needs.append((config.mla.kv_rank + config.mla.rope_dim, tp, "KV rank with rotary dims", "attn t"))
+    if config.moe and config.moe.shared_hidden_size:
+        needs.append((config.moe.shared_hidden_size, tp, "shared expert hidden size", "attn t"))
     if config.moe:
         needs.append((config.moe.num_experts, ep, "experts", "ffn e"))
         needs.append((config.moe.expert_hidden_size, etp, "expert hidden size", "ffn t"))
@@ -63,14 +68,29 @@ def check_model_fits(config: ModelConfig, spec: ParallelSpec) -> None:
 class WeightMap:
     """Where every element of every weight lives, for all ranks of a layout.
 
-    ``places`` says where a backend keeps each role. Ranks' weights are computed when asked for.
+    ``places`` says where a backend keeps each role. ``format_number`` 0 is the family's published format;
+    others count its ``other_formats``. Ranks' weights are computed when asked for.
     """
 
     config: ModelConfig
     layout: RankLayout
     stages: Stages
     places: Places
+    format_number: int = 0
     _cache: dict[int, RankWeights] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def table(self) -> tuple[Weight, ...]:
+        """The family's weight table of this format."""
+        family = family_named(self.config.family)
+        if self.format_number == 0:
+            return family.weights(self.config)
+        return family.other_formats(self.config)[self.format_number - 1]
+
+    def formats(self) -> "Iterator[WeightMap]":
+        """The same weights in every format the family reads, the published one first."""
+        for number in range(1 + len(family_named(self.config.family).other_formats(self.config))):
+            yield replace(self, format_number=number, _cache={})
 
     def of_rank(self, rank: int) -> RankWeights:
         """The pieces and padding of one rank."""
@@ -86,7 +106,7 @@ class WeightMap:
         """Name and shape of every tensor of the Hugging Face checkpoint, in the table's order."""
         shapes: dict[str, tuple[int, ...]] = {}
         extents = self.config.extents()
-        for weight in family_named(self.config.family).weights(self.config):
+        for weight in self.table:
             symbols = ROLE_SYMBOLS[weight.role]
             experts = range(extents["e"]) if "{expert}" in weight.place.name else range(1)
             for layer in weight.layers if weight.layers is not None else (0,):
@@ -96,7 +116,7 @@ class WeightMap:
         return shapes
 
     def _entries(self, at: RankCoordinates) -> Iterator[Piece | Padding]:
-        table = family_named(self.config.family).weights(self.config)
+        table = self.table
         for chunk in range(self.stages.num_chunks):
             first, last = self.stages.is_first(at.pp, chunk), self.stages.is_last(at.pp, chunk)
             layers = self.stages.chunk_layers(at.pp, chunk)

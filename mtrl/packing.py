@@ -5,7 +5,8 @@ attends only to itself; what is left up to T is padding, one last segment of its
 attends to a sample nor a sample to it. Position t of every per-token tensor is about predicting
 ``targets_T[t]``, the token after ``tokens_T[t]`` in the same sample.
 
-Left out: context parallelism, which wants every segment divisible by 2 cp.
+Under context parallelism a rank keeps only its tokens of the row (`take`); everything that is said per token
+stays true.
 Suffixes: T is the tokens of a row, padding included.
 """
 
@@ -172,6 +173,19 @@ def pack(samples: Sequence[Sample], *, pad_to: int, pad_token_id: int) -> Packed
         cu_seqlens=torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
         max_seqlen=max(segments),
         sample_ids=tuple(sample.sample_id for sample in samples),
+    )
+
+
+def take(packed: PackedMicrobatch, index: Tensor) -> PackedMicrobatch:
+    """The row with the tokens at ``index`` only, in that order; ``cu_seqlens`` stays the whole row's."""
+    return replace(
+        packed,
+        tokens_T=packed.tokens_T[index],
+        positions_T=packed.positions_T[index],
+        targets_T=packed.targets_T[index],
+        loss_mask_T=packed.loss_mask_T[index],
+        sampler_logprobs_T=packed.sampler_logprobs_T[index],
+        advantages_T=packed.advantages_T[index],
     )
 
 

@@ -1,6 +1,6 @@
 """The policy's forward pass: log-probabilities of packed tokens, and the closures Megatron's schedules run.
 
-Legend: T tokens of a microbatch, V this rank's share of the vocabulary.
+Legend: T this rank's tokens of a microbatch, V this rank's share of the vocabulary.
 """
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mtrl.batch import Sample
 from mtrl.models.builder import Model
-from mtrl.models.packed import PackedSegments
-from mtrl.packing import PackedMicrobatch, pack, plan_microbatches
+from mtrl.models.packed import PackedSegments, zigzag_tokens
+from mtrl.packing import PackedMicrobatch, pack, plan_microbatches, take
 from mtrl.parallel.device import current_device
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -53,10 +53,16 @@ class Microbatch:
     ref_logprobs_T: Tensor | None = None
 
     @classmethod
-    def on_device(cls, packed: PackedMicrobatch) -> "Microbatch":
-        """Move a packed microbatch to this process's device and plan its attention."""
+    def on_device(cls, packed: PackedMicrobatch, *, cp: int = 1, cp_rank: int = 0) -> "Microbatch":
+        """Move a packed microbatch to this process's device and plan its attention.
+
+        Of the row it keeps what this context parallel rank has of it.
+        """
         device = current_device().torch_device
-        return cls(packed=packed.to(device), segments=PackedSegments.from_lengths(_lengths(packed), device))
+        segments = PackedSegments.from_lengths(_lengths(packed), device, cp=cp, cp_rank=cp_rank)
+        if cp > 1:
+            packed = take(packed, zigzag_tokens(packed.tokens_T.numel(), cp, cp_rank))
+        return cls(packed=packed.to(device), segments=segments)
 
 
 def make_microbatches(
@@ -64,10 +70,11 @@ def make_microbatches(
 ) -> list[Microbatch]:
     """This rank's microbatches of a global batch that every rank passes whole.
 
-    All ranks get equally many, padded to one length: Megatron's pipeline sends tensors of one shape, and
-    sequence parallelism wants a length that ``attn.tp`` divides.
+    All ranks get equally many, padded to one length: Megatron's pipeline sends tensors of one shape, sequence
+    parallelism wants a length that ``attn.tp`` divides, and context parallelism two chunks a rank.
     """
     spec, at = model.groups.layout.spec, model.groups.coordinates
+    cp = spec.attn.cp
     lengths = [len(sample.tokens) for sample in samples]
     plan = plan_microbatches(
         lengths,
@@ -77,10 +84,12 @@ def make_microbatches(
         multiple_of=spec.attn.pp if len(model.chunks) > 1 else 1,
     )
     longest = max(sum(lengths[index] for index in row) for rank in plan for row in rank)
-    multiple = math.lcm(_ROW_MULTIPLE, spec.attn.tp)
+    multiple = math.lcm(_ROW_MULTIPLE, spec.attn.tp * (2 * cp if cp > 1 else 1))
     pad_to = -(-max(longest, 1) // multiple) * multiple
     return [
-        Microbatch.on_device(pack([samples[i] for i in row], pad_to=pad_to, pad_token_id=pad_token_id))
+        Microbatch.on_device(
+            pack([samples[i] for i in row], pad_to=pad_to, pad_token_id=pad_token_id), cp=cp, cp_rank=at.cp
+        )
         for row in plan[at.dp]
     ]
 
@@ -157,7 +166,8 @@ class Policy:
         With backward, gradients are left in DDP's buffers, reduced and divided by the global count of
         trained tokens. All microbatches of a step, on all ranks, are padded to the same T.
         """
-        seq_length = microbatches[0].packed.tokens_T.numel()
+        # Megatron wants the whole row's length, and divides it by cp itself.
+        seq_length = microbatches[0].packed.tokens_T.numel() * self.model.groups.layout.spec.attn.cp
         iterators = [iter(microbatches) for _ in self.chunks]
         result: list[Sums] = self._run_schedule(
             forward_step_func=self._forward_step(loss),

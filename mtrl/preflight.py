@@ -114,11 +114,6 @@ def prepare(config: Config, world_size: int) -> Job:
 def _check_model(config: Config, actor: ParallelSpec) -> ModelConfig:
     if config.model.backend == "transformer_engine":
         raise ConfigError("model.backend: transformer_engine is not built yet; write auto or torch_native")
-    if actor.attn.cp > 1:
-        raise LayoutError(
-            f"actor.backend: {actor} asks for context parallelism (c{actor.attn.cp}), which is not built "
-            "yet; leave c out, and give its ranks to d or t"
-        )
     model = load_model_config(Path(config.model.path or config.model.init or ""))
     check_model_fits(model, actor)
     stages = Stages.balanced(model.num_layers, actor.attn.pp, config.actor.virtual_pipeline_size or 1)

@@ -157,7 +157,7 @@ class Trainer:
         is one in its sum.
         """
         at = self.model.groups.coordinates
-        if not (self.policy.is_last_stage and at.tp == 0 and at.cp == 0):
+        if not (self.policy.is_last_stage and at.tp == 0):
             parts = []
         maxima = [name for name in names if name.endswith("_max")]
         sums = ["loss_sum", "num_tokens", *(name for name in names if name not in maxima)]
@@ -186,11 +186,11 @@ class Trainer:
 
     def copy_weights(self) -> list[Tensor]:
         """Copies of this rank's parameters, in order, on the CPU."""
-        return [parameter.detach().cpu().clone() for parameter in self.model.parameters().values()]
+        return [parameter.detach().cpu().clone() for parameter in self.model.tensors().values()]
 
     def _write(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for parameter, value in zip(self.model.parameters().values(), weights, strict=True):
+            for parameter, value in zip(self.model.tensors().values(), weights, strict=True):
                 parameter.copy_(value)
 
 

@@ -5,6 +5,7 @@ table of ``Weight`` rows. To add one from outside the repository, call ``registe
 model is built.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,16 @@ class Weight:
 class Family:
     """How one architecture's config and weights are read.
 
-    ``architectures`` are the names in ``config.json``'s ``architectures`` that it handles.
+    ``architectures`` are the names in ``config.json``'s ``architectures`` that it handles. ``weights`` is the
+    table of the published format, which is also what is written; ``other_formats`` are tables of formats that
+    are read too.
     """
 
     name: str
     architectures: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     weights: Callable[[ModelConfig], tuple[Weight, ...]]
+    other_formats: Callable[[ModelConfig], tuple[tuple[Weight, ...], ...]] = lambda config: ()
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -93,4 +97,6 @@ def load_model_config(path: Path) -> ModelConfig:
     return family_of(hf_config).read_config(hf_config)
 
 
-from mtrl.models.families import qwen3  # noqa: E402, F401  families register themselves on import
+# Families register themselves when they are imported.
+for _name in ("deepseek_v3", "glm4_moe", "gpt_oss", "llama", "mixtral", "olmoe", "qwen2", "qwen3"):
+    importlib.import_module(f"{__name__}.{_name}")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrl.models.backends.torch_native import places
+from mtrl.models.backends.torch_native.places import places
 from mtrl.models.boxes import Box, Piece, Place, View, parse_pattern
 from mtrl.models.pieces import check_coverage, fill_padding, read_stored, view_of, write_stored
 from mtrl.models.stages import Stages

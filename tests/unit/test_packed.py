@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrl.models.backends.torch_native import CoreAttention, PackedRotary, grouped_linear
+from mtrl.models.backends.torch_native.attention import CoreAttention
+from mtrl.models.backends.torch_native.experts import grouped_linear
+from mtrl.models.backends.torch_native.rotary import PackedRotary
+from mtrl.models.config import RopeConfig
 from mtrl.models.packed import PackedSegments
 from tests.property import strategies  # noqa: F401  its Hypothesis profile
 
@@ -19,7 +22,7 @@ def test_every_token_has_one_row_and_positions_begin_anew_in_each_segment(length
     packed = PackedSegments.from_lengths(lengths, CPU)
     assert packed.positions_T is not None and packed.scatter_T is not None
     assert packed.positions_T.tolist() == [place for length in lengths for place in range(length)]
-    rows = torch.cat([bucket.gather_SL.flatten() for bucket in packed.buckets])
+    rows = torch.cat([bucket.query_SL.flatten() for bucket in packed.buckets])
     assert rows[packed.scatter_T].tolist() == list(range(sum(lengths)))
 
 
@@ -31,7 +34,7 @@ def test_a_row_of_a_bucket_holds_one_segment_and_at_most_as_much_padding_as_toke
     segment_of = [number for number, length in enumerate(lengths) for _ in range(length)]
     found = []
     for bucket in packed.buckets:
-        for row in bucket.gather_SL.tolist():
+        for row in bucket.query_SL.tolist():
             (segment,) = {segment_of[token] for token in row}
             length = lengths[segment]
             assert row == sorted(row) and set(row[length:]) <= {row[length - 1]}
@@ -73,9 +76,7 @@ def test_no_gradient_crosses_from_one_segment_to_another() -> None:
 
 
 def test_rotary_frequencies_are_those_of_positions_within_segments() -> None:
-    rotary = PackedRotary.__new__(PackedRotary)
-    torch.nn.Module.__init__(rotary)
-    rotary.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, 8, 2) / 8)
+    rotary = PackedRotary(RopeConfig(theta=10000.0), 8, cp_group=None, on_cpu=True)
     found = rotary(PackedSegments.from_lengths([3, 2], CPU))
     angles = torch.outer(torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0]), rotary.inv_freq)
     assert torch.equal(found[:, 0, 0], torch.cat([angles, angles], -1))

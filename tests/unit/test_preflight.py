@@ -19,7 +19,6 @@ from mtrl.parallel.errors import (
     MissingPackageError,
     ModelError,
     MtrlError,
-    SpecError,
     UnknownFamilyError,
     WeightError,
 )
@@ -127,12 +126,6 @@ def test_what_does_not_fit_is_refused_with_numbers_and_fix(case: str) -> None:
     with pytest.raises(error) as caught:
         prepare(given, world_size)
     assert message in str(caught.value)
-
-
-def test_context_parallelism_is_refused(record_refusal: Callable[[str], None]) -> None:
-    with pytest.raises((LayoutError, SpecError), match=r"\(c2\).*not built yet; leave c out"):
-        prepared("actor.backend=megatron:c2", name="sft")
-    record_refusal("context parallelism")
 
 
 def test_transformer_engine_is_refused(record_refusal: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtrl.models.backends.torch_native import places
+from mtrl.models.backends.torch_native.places import places
 from mtrl.models.boxes import Box, Padding, View
 from mtrl.models.families import load_model_config
 from mtrl.models.pieces import check_coverage

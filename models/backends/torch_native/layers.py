@@ -1,0 +1,140 @@
+"""Megatron's layer specs with this backend's modules; linear layers, router and dispatcher are Megatron's."""
+
+import functools
+from typing import Any
+
+from mtrl.models.backends.torch_native.attention import CoreAttention
+from mtrl.models.backends.torch_native.experts import GroupedExperts
+from mtrl.models.backends.torch_native.norms import AllHeadsRMSNorm, RMSNorm
+from mtrl.models.config import ModelConfig
+from mtrl.parallel.groups import ParallelGroups
+from mtrl.parallel.megatron_ready import MEGATRON_0_19
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+_LATENT_NORM_EPS = 1e-6
+
+
+class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
+    """Tells Megatron's spec builders to use the modules of this folder for one model."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        """The norm of every place."""
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        """Attention without projections."""
+        return CoreAttention
+
+    def grouped_mlp_modules(self, *unused: Any) -> Any:
+        """The experts: a builder for Megatron 0.19, a (module, submodules) pair before."""
+        experts = functools.partial(GroupedExperts, model=self.model)
+        return experts if MEGATRON_0_19 else (_as_module(GroupedExperts, model=self.model), None)
+
+
+class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Megatron's latent attention, with exactly the modules that its spec names."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        # Asked by Megatron 0.19, which otherwise insists on a norm fused into the query projection of models
+        # without a query rank (DeepSeek-V2-Lite, Moonlight). Those have none.
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
+def layer_spec(config: ModelConfig, groups: ParallelGroups, layer: int) -> ModuleSpec:
+    """The spec of (0-based) layer ``layer`` of the model."""
+    backend = TorchNativeProvider(config)
+    is_moe = layer in config.moe_layers
+    num_experts = config.moe.num_experts if is_moe and config.moe else None
+    make_attention = _latent_attention if config.mla else _attention
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=make_attention(config, groups, layer, backend),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention(
+    config: ModelConfig, groups: ParallelGroups, layer: int, backend: TorchNativeProvider
+) -> ModuleSpec:
+    norms: list[Any] = [IdentityOp, IdentityOp]
+    if config.qk_norm == "head":
+        norms = [RMSNorm, RMSNorm]
+    elif config.qk_norm == "all_heads":
+        norms = [
+            _as_module(AllHeadsRMSNorm, num_heads=num_heads, tp_group=groups.attn.tp)
+            for num_heads in (config.num_attention_heads, config.num_kv_heads)
+        ]
+    core = functools.partial(
+        CoreAttention, window=config.windows[layer] if config.windows else 0, has_sinks=config.sinks
+    )
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=core,
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norms[0],
+            k_layernorm=norms[1],
+        ),
+    )
+
+
+def _latent_attention(
+    config: ModelConfig, groups: ParallelGroups, layer: int, backend: TorchNativeProvider
+) -> ModuleSpec:
+    assert config.mla is not None
+    # transformers leaves the latent norms' epsilon at its default, whatever the config says of the others.
+    norm = _as_module(RMSNorm, eps=_LATENT_NORM_EPS)
+    column = backend.column_parallel_linear()
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=CoreAttention,
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm if config.mla.query_rank else IdentityOp,
+            kv_layernorm=norm,
+        ),
+    )
+
+
+def _as_module(kind: type, **arguments: Any) -> type:
+    """``kind`` with keyword arguments filled in, still a class: Megatron 0.16 builds classes only."""
+
+    class Filled(kind):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, **arguments})
+
+    Filled.__name__ = Filled.__qualname__ = kind.__name__
+    return Filled

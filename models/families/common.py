@@ -1,0 +1,51 @@
+"""Reading a Hugging Face config: the fields that every decoder has, and the checks that most need."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mtrl.models.config import require
+from mtrl.parallel.errors import ModelError
+
+Fields = dict[str, Any]
+
+
+def decoder_fields(hf: Mapping[str, Any], *, family: str, norm_eps: float = 1e-6) -> Fields:
+    """The ``ModelConfig`` fields that are read alike in every family; ``norm_eps`` is its default.
+
+    transformers' defaults for sizes are other models' sizes, so a config must say them.
+    """
+    hidden, heads = int(require(hf, "hidden_size")), int(require(hf, "num_attention_heads"))
+    return {
+        "family": family,
+        "num_layers": int(require(hf, "num_hidden_layers")),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_kv_heads": int(require(hf, "num_key_value_heads")),
+        "head_dim": int(hf.get("head_dim") or hidden // heads),
+        "intermediate_size": int(hf.get("intermediate_size") or 0),
+        "vocab_size": int(require(hf, "vocab_size")),
+        "max_position_embeddings": int(require(hf, "max_position_embeddings")),
+        "norm_eps": float(hf.get("rms_norm_eps", norm_eps)),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "hf_config": hf,
+    }
+
+
+def refuse(hf: Mapping[str, Any], name: str, **wanted: Any) -> None:
+    """Check fields that only one value is supported for; a field that is absent has it.
+
+    Raises:
+        ModelError: one has another value; the message names the field and both values.
+    """
+    for key, value in wanted.items():
+        found = hf.get(key, value)
+        if found != value and not (value in (None, False) and not found):
+            raise ModelError(f"{name} with {key} {found!r} is not supported; only {value!r}")
+
+
+def num_experts(hf: Mapping[str, Any]) -> int:
+    """Routed experts, by the name the config uses; transformers 5 writes another than it used to."""
+    for key in ("num_local_experts", "n_routed_experts", "num_experts"):
+        if hf.get(key):
+            return int(hf[key])
+    return int(require(hf, "num_experts"))
