@@ -177,7 +177,11 @@ def require(config: Mapping[str, Any], key: str) -> Any:
 
 
 def read_rope(
-    config: Mapping[str, Any], *, kinds: tuple[str, ...], theta: float = 10000.0, fraction: float = 1.0
+    config: Mapping[str, Any],
+    *,
+    kinds: tuple[str, ...],
+    theta: float = 10000.0,
+    fraction: float | None = None,
 ) -> RopeConfig:
     """The rotary settings of a config, in the old or the transformers 5 layout.
 
@@ -185,23 +189,29 @@ def read_rope(
         config: the Hugging Face dictionary.
         kinds: the ``rope_type`` values that the family's models are known to use.
         theta: transformers' default base for this architecture.
-        fraction: its default fraction of rotated dims.
+        fraction: its default fraction of rotated dims; None for an architecture that always rotates all.
 
     Raises:
-        ModelError: the config asks for a scaling that is not in ``kinds``.
+        ModelError: the config asks for a scaling that is not in ``kinds``, for one of each kind of layer, or
+            for rotating a part where the architecture rotates all.
     """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    architectures = config.get("architectures")
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    nested = sorted(key for key, value in rope.items() if isinstance(value, Mapping))
+    if nested:
+        raise ModelError(f"rotary settings by kind of layer ({nested}) are not supported for {architectures}")
+    old_name = rope.pop("type", None)
+    kind = rope.pop("rope_type", None) or old_name or "default"
     if kind not in kinds:
-        raise ModelError(
-            f"rope type {kind!r} is not supported for {config.get('architectures')}; only {', '.join(kinds)}"
-        )
+        raise ModelError(f"rope type {kind!r} is not supported for {architectures}; only {', '.join(kinds)}")
     found = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    found = (fraction or 1.0) if found is None else float(found)
+    if fraction is None and found != 1.0:
+        raise ModelError(f"partial_rotary_factor {found} is not supported for {architectures}; only 1.0")
     return RopeConfig(
         theta=float(rope.pop("rope_theta", None) or config.get("rope_theta") or theta),
         kind=kind,
-        fraction=fraction if found is None else float(found),
+        fraction=found,
         default_length=int(config.get("max_position_embeddings") or 0),
         scaling=MappingProxyType({key: value for key, value in rope.items() if value is not None}),
     )

@@ -6,7 +6,7 @@ come through the same door, so they are the same for every layout.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,6 @@ from mtrl.models.builder import Model
 from mtrl.models.gather import TensorGather
 from mtrl.models.hf_folder import INDEX_NAME, SINGLE_NAME, check_names, weight_files
 from mtrl.models.pieces import check_coverage, fill_padding, write_stored
-from mtrl.models.weight_map import WeightMap
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
 
@@ -111,7 +110,7 @@ def load_weights(model: Model, source: TensorSource) -> None:
             differs; the message lists the names. Nothing is written in that case.
     """
     found = source.shapes()
-    weight_map = choose_format(model.weight_map, found)
+    weight_map = model.weight_map.in_format_of(found)
     check_names(model.config, weight_map.hf_shapes(), found)
     weights = weight_map.of_rank(model.groups.rank)
     tensors = model.tensors()
@@ -120,11 +119,6 @@ def load_weights(model: Model, source: TensorSource) -> None:
     for piece in weights.pieces:
         for simple in piece.simple():
             write_stored(tensors, simple, source.read(simple.hf.name, simple.stored))
-
-
-def choose_format(weight_map: WeightMap, found: Mapping[str, tuple[int, ...]]) -> WeightMap:
-    """The map of the format whose names a source has most of; the published one where several tie."""
-    return max(weight_map.formats(), key=lambda each: len(each.hf_shapes().keys() & found.keys()))
 
 
 def load_hf(model: Model, folder: Path) -> None:

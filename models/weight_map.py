@@ -5,7 +5,7 @@ push read it and never look at parameter names themselves.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mtrl.models.boxes import Box, Padding, Piece, Place, Range
@@ -91,6 +91,10 @@ class WeightMap:
         """The same weights in every format the family reads, the published one first."""
         for number in range(1 + len(family_named(self.config.family).other_formats(self.config))):
             yield replace(self, format_number=number, _cache={})
+
+    def in_format_of(self, names: Collection[str]) -> "WeightMap":
+        """The map of the format that has most of a source's names; the published one where several tie."""
+        return max(self.formats(), key=lambda each: sum(name in names for name in each.hf_shapes()))
 
     def of_rank(self, rank: int) -> RankWeights:
         """The pieces and padding of one rank."""

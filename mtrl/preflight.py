@@ -120,7 +120,8 @@ def _check_model(config: Config, actor: ParallelSpec) -> ModelConfig:
     _check_sequence_parallel(config, actor, model)
     if config.model.path:
         weights = WeightMap(config=model, layout=RankLayout.from_spec(actor), stages=stages, places={})
-        check_names(model, weights.hf_shapes(), folder_shapes(Path(config.model.path)))
+        found = folder_shapes(Path(config.model.path))
+        check_names(model, weights.in_format_of(found).hf_shapes(), found)
     if config.algorithm.name == "grpo":
         _check_engine_fits(model, rollout_spec(config))
     return model

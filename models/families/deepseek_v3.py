@@ -9,7 +9,7 @@ from typing import Any
 
 from mtrl.models.config import MlaConfig, ModelConfig, MoeConfig, read_rope, require
 from mtrl.models.families import Family, Weight, register_family
-from mtrl.models.families.common import decoder_fields, num_experts, refuse
+from mtrl.models.families.common import decoder_fields, num_experts, present, refuse
 from mtrl.models.families.tables import LAYER, fused_experts, mlp_rows, model_rows, moe_rows, row
 from mtrl.parallel.errors import ModelError
 
@@ -21,7 +21,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``DeepseekV3ForCausalLM``'s config."""
     refuse(
         hf, "DeepSeek-V3", hidden_act="silu", attention_bias=False, norm_topk_prob=True, rope_interleave=True,
-        topk_method="noaux_tc", scoring_func="sigmoid",
+        topk_method="noaux_tc", scoring_func="sigmoid", moe_layer_freq=1,
     )  # fmt: skip
     expert_size = int(require(hf, "moe_intermediate_size"))
     first_moe = int(hf.get("first_k_dense_replace", 3))
@@ -32,29 +32,28 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         normalize_top_k=True,
         moe_layers=tuple(range(first_moe, int(require(hf, "num_hidden_layers")))),
         score="sigmoid",
-        scale=float(hf.get("routed_scaling_factor", 1.0)),
+        scale=float(hf.get("routed_scaling_factor", 2.5)),
         selection_bias=True,
-        num_groups=int(hf.get("n_group") or 1),
-        top_groups=int(hf.get("topk_group") or 1),
-        shared_hidden_size=expert_size * int(hf.get("n_shared_experts") or 0),
+        num_groups=int(hf.get("n_group", 8) or 1),
+        top_groups=int(hf.get("topk_group", 4) or 1),
+        shared_hidden_size=expert_size * int(hf.get("n_shared_experts", 1) or 0),
     )
     # Megatron scores a group by its top_k // top_groups best experts.
     if moe.num_groups > 1 and moe.top_k // moe.top_groups != NUM_SCORED:
         raise ModelError(
-            f"num_experts_per_tok {moe.top_k} with topk_group {moe.top_groups}: Megatron-Core scores a group "
-            f"by its {moe.top_k // moe.top_groups} best experts, this architecture by {NUM_SCORED}; models "
-            f"with num_experts_per_tok // topk_group == {NUM_SCORED} are supported"
+            f"num_experts_per_tok {moe.top_k} with topk_group {moe.top_groups} of n_group {moe.num_groups}: "
+            f"Megatron-Core scores a group by its {moe.top_k // moe.top_groups} best experts, this "
+            f"architecture by {NUM_SCORED}; num_experts_per_tok // topk_group must be {NUM_SCORED}"
         )
     mla = MlaConfig(
-        query_rank=int(hf["q_lora_rank"]) if hf.get("q_lora_rank") else None,
+        query_rank=int(present(hf, "q_lora_rank") or 0) or None,
         kv_rank=int(require(hf, "kv_lora_rank")),
         nope_dim=int(require(hf, "qk_nope_head_dim")),
         rope_dim=int(require(hf, "qk_rope_head_dim")),
         value_dim=int(require(hf, "v_head_dim")),
     )
     heads = hf.get("num_attention_heads")  # latent attention has no groups, whatever the config says
-    fields = decoder_fields({**hf, "num_key_value_heads": heads}, family="deepseek_v3")
-    fields |= {"hf_config": hf, "head_dim": mla.rope_dim}
+    fields = decoder_fields(hf, family="deepseek_v3", num_kv_heads=heads) | {"head_dim": mla.rope_dim}
     return ModelConfig(**fields, rope=read_rope(hf, kinds=("default", "yarn")), mla=mla, moe=moe)
 
 
@@ -65,8 +64,8 @@ def attention_rows(config: ModelConfig) -> tuple[Weight, ...]:
     if config.mla is not None and config.mla.query_rank:
         queries = (
             row("mla.query_down", at + "q_a_proj.weight", "a h", every),
-            row("mla.query_down_norm", at + "q_a_layernorm.weight", "A", every),
-            row("mla.query_up", at + "q_b_proj.weight", "(m x) A", every),
+            row("mla.query_down_norm", at + "q_a_layernorm.weight", "a", every),
+            row("mla.query_up", at + "q_b_proj.weight", "(m x) a", every),
         )
     return (
         *queries,

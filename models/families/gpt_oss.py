@@ -23,6 +23,7 @@ _YARN = {
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``GptOssForCausalLM``'s config; ``intermediate_size`` is an expert's."""
     refuse(hf, "gpt-oss", hidden_act="silu", attention_bias=True, swiglu_limit=7.0, swiglu_alpha=1.702)
+    require(hf, "head_dim")  # its default is not implied by other sizes
     num_layers = int(require(hf, "num_hidden_layers"))
     moe = MoeConfig(
         num_experts=num_experts(hf),
@@ -52,7 +53,9 @@ def _windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     kinds = list(hf.get("layer_types") or alternate)
     if len(kinds) != num_layers or set(kinds) - set(alternate) - {"full_attention"}:
         raise ModelError(f"gpt-oss with layer_types {kinds} for {num_layers} layers is not supported")
-    size = int(hf.get("sliding_window") or 0)
+    size = int(hf.get("sliding_window", 128) or 0)
+    if not size and "sliding_attention" in kinds:
+        raise ModelError("gpt-oss with sliding_window 0 is not supported; say how many keys a query sees")
     return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
 
 

@@ -13,7 +13,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``LlamaForCausalLM``'s config."""
     refuse(hf, "Llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
     rope = read_rope(hf, kinds=("default", "llama3", "linear"))
-    return ModelConfig(**decoder_fields(hf, family="llama"), rope=rope)
+    kv_heads = hf.get("num_key_value_heads") or hf.get("num_attention_heads")
+    return ModelConfig(**decoder_fields(hf, family="llama", num_kv_heads=kv_heads), rope=rope)
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:

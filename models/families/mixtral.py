@@ -11,7 +11,7 @@ from mtrl.models.families.tables import LAYER, attention_rows, fused_experts, mo
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``MixtralForCausalLM``'s config; ``intermediate_size`` is an expert's."""
-    refuse(hf, "Mixtral", hidden_act="silu", sliding_window=None)
+    refuse(hf, "Mixtral", hidden_act="silu", sliding_window=None, router_jitter_noise=0.0)
     moe = MoeConfig(
         num_experts=num_experts(hf),
         top_k=int(require(hf, "num_experts_per_tok")),

@@ -20,7 +20,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         moe_layers=tuple(range(int(require(hf, "num_hidden_layers")))),
     )
     rope = read_rope(hf, kinds=("default",))
-    fields = decoder_fields(hf, family="olmoe", norm_eps=1e-5)
+    kv_heads = hf.get("num_key_value_heads") or hf.get("num_attention_heads")
+    fields = decoder_fields(hf, family="olmoe", norm_eps=1e-5, num_kv_heads=kv_heads)
     return ModelConfig(**fields, rope=rope, qk_norm="all_heads", moe=moe)
 
 

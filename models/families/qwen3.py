@@ -9,13 +9,13 @@ from typing import Any
 
 from mtrl.models.config import ModelConfig, MoeConfig, read_rope, require
 from mtrl.models.families import Family, Weight, register_family
-from mtrl.models.families.common import decoder_fields, num_experts, refuse
+from mtrl.models.families.common import decoder_fields, num_experts, refuse, refuse_windows
 from mtrl.models.families.tables import attention_rows, fused_experts, mlp_rows, model_rows, moe_rows
 
 
 def _read(hf: Mapping[str, Any], family: str, moe: MoeConfig | None) -> ModelConfig:
     refuse(hf, "Qwen3", hidden_act="silu", use_sliding_window=False, attention_bias=False)
-    require(hf, "intermediate_size")
+    refuse_windows(hf, "Qwen3")
     rope = read_rope(hf, kinds=("default", "yarn"))
     return ModelConfig(**decoder_fields(hf, family=family), rope=rope, qk_norm="head", moe=moe)
 
