@@ -78,8 +78,10 @@ class ModelConfig:
     ``qkv_bias``: queries, keys and values have a bias; ``linear_bias``: every other linear layer too, the
     router and the experts included. ``sinks``: a learned logit per head joins each softmax and takes no value
     (arXiv 2309.17453). ``windows[layer]``, where there are any, is how many keys a query sees, itself
-    included; 0 is all. ``activation`` ``"clamped_swiglu"`` is gpt-oss's. ``hf_config`` is the Hugging Face
-    dictionary it was read from, kept for exporting.
+    included; 0 is all. ``activation`` ``"clamped_swiglu"`` is gpt-oss's. ``num_prediction_layers``: how many
+    multi-token prediction layers (arXiv 2412.19437, section 2.2) a checkpoint may hold after the last; they
+    are carried from load to export, not computed. ``hf_config`` is the Hugging Face dictionary it was read
+    from, kept for exporting.
     """
 
     family: str
@@ -102,6 +104,7 @@ class ModelConfig:
     activation: Literal["silu", "clamped_swiglu"] = "silu"
     mla: MlaConfig | None = None
     moe: MoeConfig | None = None
+    num_prediction_layers: int = 0
     hf_config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -121,6 +124,8 @@ class ModelConfig:
             "r": self.num_attention_heads // self.num_kv_heads,
             "k": 1,
             "d": self.head_dim,
+            "q": self.num_attention_heads * self.head_dim,
+            "l": self.num_kv_heads * self.head_dim,
             "u": 1,
             "c": 2,
             "o": 1,
@@ -131,7 +136,6 @@ class ModelConfig:
             "s": moe.shared_hidden_size if moe else 0,
             "m": self.num_attention_heads,
             "a": (mla.query_rank or 0) if mla else 0,
-            "A": (mla.query_rank or 0) if mla else 0,
             "b": mla.kv_rank + mla.rope_dim if mla else 0,
             "B": mla.kv_rank if mla else 0,
             "x": mla.nope_dim + mla.rope_dim if mla else 0,

@@ -74,7 +74,15 @@ def to_transformer_config(
         **_mla_fields(config),
     }
     kind = MLATransformerConfig if config.mla else TransformerConfig
-    return kind(**{**fields, **overrides})
+    merged = {**fields, **overrides}
+    if not config.linear_bias:
+        return kind(**merged)
+    # Megatron refuses expert biases with etp > 1, for its experts would add each one etp times; the backend's
+    # own do not. So the field is set after the check.
+    etp = merged.pop("expert_tensor_parallel_size")
+    made = kind(**merged, expert_tensor_parallel_size=1)
+    made.expert_tensor_parallel_size = etp
+    return made
 
 
 def _pipeline_fields(stages: Stages) -> dict[str, Any]:

@@ -19,8 +19,9 @@ n      experts, as the router scores them
 e      experts, as they are held                      ffn.ep
 j      hidden size of an expert                       ffn.etp
 m      heads of latent attention                      attn.tp
-a, A   query rank: as it is made (sharded), and read  a: attn.tp
-b, B   KV rank, with the rotary key's dims; without   b: attn.tp
+a      query rank
+b, B   KV rank: with the rotary key's dims, and without
+q, l   dims of all query heads, and of all key heads
 x      dims of a latent query or key head
 y      dims of a latent key without position, and value
 w      dims of a latent value head
@@ -57,8 +58,8 @@ ROLE_SYMBOLS: dict[Role, tuple[str, ...]] = {
     "attention.output": ("h", "g", "r", "d"),
     "attention.query_norm": ("d",),
     "attention.key_norm": ("d",),
-    "attention.query_norm_all": ("g", "r", "d"),
-    "attention.key_norm_all": ("g", "k", "d"),
+    "attention.query_norm_all": ("q",),
+    "attention.key_norm_all": ("l",),
     "attention.query_bias": ("g", "r", "d"),
     "attention.key_bias": ("g", "k", "d"),
     "attention.value_bias": ("g", "k", "d"),
@@ -66,8 +67,8 @@ ROLE_SYMBOLS: dict[Role, tuple[str, ...]] = {
     "attention.sinks": ("g", "r"),
     "mla.query": ("m", "x", "h"),
     "mla.query_down": ("a", "h"),
-    "mla.query_down_norm": ("A",),
-    "mla.query_up": ("m", "x", "A"),
+    "mla.query_down_norm": ("a",),
+    "mla.query_up": ("m", "x", "a"),
     "mla.kv_down": ("b", "h"),
     "mla.kv_down_norm": ("B",),
     "mla.kv_up": ("m", "y", "B"),
@@ -97,8 +98,6 @@ SHARDED_BY: dict[str, AxisName] = {
     "i": "attn.tp",
     "s": "attn.tp",
     "m": "attn.tp",
-    "a": "attn.tp",
-    "b": "attn.tp",
     "e": "ffn.ep",
     "j": "ffn.etp",
 }

@@ -46,9 +46,6 @@ def check_model_fits(config: ModelConfig, spec: ParallelSpec) -> None:
     ]
     if config.dense_layers:
         needs.append((config.intermediate_size, tp, "MLP hidden size", "attn t"))
-    if config.mla:
-        needs.append((config.mla.query_rank or tp, tp, "query rank", "attn t"))
-        needs.append((config.mla.kv_rank + config.mla.rope_dim, tp, "KV rank with rotary dims", "attn t"))
     if config.moe and config.moe.shared_hidden_size:
         needs.append((config.moe.shared_hidden_size, tp, "shared expert hidden size", "attn t"))
     if config.moe:

@@ -91,7 +91,8 @@ def _expert_gradients() -> list[Replacement]:
 
 def _expert_shards() -> list[Replacement]:
     def mark(experts: Any, config: Any) -> None:
-        if config.expert_tensor_parallel_size > 1:
+        # Experts of other packages mark their own.
+        if config.expert_tensor_parallel_size > 1 and type(experts).__module__.startswith("megatron."):
             for name, parameter in experts.named_parameters():
                 # The bias added after the sum over etp is the one parameter that every etp rank holds whole.
                 is_whole = "linear_fc2" in name and "bias" in name

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtrl.models.config import MlaConfig, ModelConfig, MoeConfig, read_rope, require
 from mtrl.models.families import Family, Weight, register_family
-from mtrl.models.families.common import decoder_fields, num_experts, present, refuse
+from mtrl.models.families.common import decoder_fields, num_experts, num_prediction_layers, present, refuse
 from mtrl.models.families.tables import LAYER, fused_experts, mlp_rows, model_rows, moe_rows, row
 from mtrl.parallel.errors import ModelError
 
@@ -54,6 +54,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
     heads = hf.get("num_attention_heads")  # latent attention has no groups, whatever the config says
     fields = decoder_fields(hf, family="deepseek_v3", num_kv_heads=heads) | {"head_dim": mla.rope_dim}
+    fields |= {"num_prediction_layers": num_prediction_layers(hf)}
     return ModelConfig(**fields, rope=read_rope(hf, kinds=("default", "yarn")), mla=mla, moe=moe)
 
 

@@ -49,8 +49,8 @@ def attention_rows(config: ModelConfig) -> tuple[Weight, ...]:
         rows.append(row("attention.query_norm", at + "q_norm.weight", "d", every))
         rows.append(row("attention.key_norm", at + "k_norm.weight", "d", every))
     if config.qk_norm == "all_heads":
-        rows.append(row("attention.query_norm_all", at + "q_norm.weight", "(g r d)", every))
-        rows.append(row("attention.key_norm_all", at + "k_norm.weight", "(g k d)", every))
+        rows.append(row("attention.query_norm_all", at + "q_norm.weight", "q", every))
+        rows.append(row("attention.key_norm_all", at + "k_norm.weight", "l", every))
     if config.sinks:
         rows.append(row("attention.sinks", at + "sinks", "(g r)", every))
     return tuple(rows)

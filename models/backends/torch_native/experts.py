@@ -31,7 +31,7 @@ class GroupedExperts(nn.Module):
     Tokens come sorted by expert from Megatron's dispatcher, which also gathers them over ``ffn.etp``
     before and reduce-scatters after, so nothing here communicates. ``weight1`` is [E, 2*J, F] (gate,
     then up), ``weight2`` is [E, F, J]: the layout of most checkpoints, so that loading rarely transposes.
-    Biases, where the model has them: ``bias1`` [E, 2*J] and ``bias2`` [E, F].
+    Biases, where the model has them: ``bias1`` [E * 2*J] and ``bias2`` [E * F].
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class GroupedExperts(nn.Module):
         is_folded = pg_collection.ep.size() > 1 or self.etp != config.tensor_model_parallel_size
 
         def parameter(*shape: int, sharded_dim: int | None) -> nn.Parameter:
-            made = nn.Parameter(torch.empty(num_local_experts, *shape, dtype=config.params_dtype))
+            made = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             # Megatron's marks: which groups reduce the gradient, and whether etp ranks hold distinct parts.
             made.allreduce = not is_folded  # type: ignore[attr-defined]
             if sharded_dim is not None:
@@ -53,10 +53,12 @@ class GroupedExperts(nn.Module):
                 made.partition_dim, made.partition_stride = sharded_dim, 1  # type: ignore[attr-defined]
             return made
 
-        self.weight1 = parameter(2 * expert_hidden, hidden, sharded_dim=1)
-        self.weight2 = parameter(hidden, expert_hidden, sharded_dim=2)
-        self.bias1 = parameter(2 * expert_hidden, sharded_dim=1) if model.linear_bias else None
-        self.bias2 = parameter(hidden, sharded_dim=None) if model.linear_bias else None
+        num = num_local_experts
+        self.weight1 = parameter(num, 2 * expert_hidden, hidden, sharded_dim=1)
+        self.weight2 = parameter(num, hidden, expert_hidden, sharded_dim=2)
+        # One dim: Megatron's optimizer spares parameters of one dim, norms and biases, from weight decay.
+        self.bias1 = parameter(num * 2 * expert_hidden, sharded_dim=0) if model.linear_bias else None
+        self.bias2 = parameter(num * hidden, sharded_dim=None) if model.linear_bias else None
 
     def forward(
         self, x_TF: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor
@@ -74,12 +76,13 @@ class GroupedExperts(nn.Module):
         counts_E = torch.as_tensor(tokens_per_expert, device=x_TF.device)
         gate_up = grouped_linear(x_TF, self.weight1, counts_E)
         if self.bias1 is not None:
-            gate_up = gate_up + self.bias1.repeat_interleave(counts_E, dim=0)
+            gate_up = gate_up + self.bias1.view(len(counts_E), -1).repeat_interleave(counts_E, dim=0)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = gated(gate, up, self.activation) * probs_T.unsqueeze(-1)
         output = grouped_linear(hidden.to(x_TF.dtype), self.weight2, counts_E)
         if self.bias2 is not None:
-            bias_TF = self._shared_bias(self.bias2).repeat_interleave(counts_E, dim=0)
+            bias_EF = self._shared_bias(self.bias2).view(len(counts_E), -1)
+            bias_TF = bias_EF.repeat_interleave(counts_E, dim=0)
             output = output + (bias_TF * probs_T.unsqueeze(-1)).to(output.dtype)
         return output, None
 

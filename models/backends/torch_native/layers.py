@@ -1,12 +1,17 @@
-"""Megatron's layer specs with this backend's modules; linear layers, router and dispatcher are Megatron's."""
+"""Megatron's layer specs with this backend's modules; linear layers and dispatcher are Megatron's."""
 
 import functools
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from mtrl.models.backends.torch_native.attention import CoreAttention
 from mtrl.models.backends.torch_native.experts import GroupedExperts
 from mtrl.models.backends.torch_native.norms import AllHeadsRMSNorm, RMSNorm
 from mtrl.models.config import ModelConfig
+from mtrl.models.router import Router
 from mtrl.parallel.groups import ParallelGroups
 from mtrl.parallel.megatron_ready import MEGATRON_0_19
 
@@ -21,6 +26,7 @@ from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttentionSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -50,7 +56,21 @@ class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Megatron's latent attention, with exactly the modules that its spec names."""
+    """Megatron's latent attention, with exactly the modules that its spec names, and whole down projections.
+
+    Megatron's local spec shards the rows of the down projections over ``attn.tp``, and then the gradient of the
+    rotary key, which all heads share, lacks what other ranks' heads add to it: the gather after the projection
+    splits in backward, and nothing sums. Its Transformer Engine spec holds them whole on every rank, each of
+    which projects its share of the tokens; so does this.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        kv_size = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, kv_size)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank)
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         # Asked by Megatron 0.19, which otherwise insists on a norm fused into the query projection of models
@@ -72,10 +92,19 @@ def layer_spec(config: ModelConfig, groups: ParallelGroups, layer: int) -> Modul
             self_attention=make_attention(config, groups, layer, backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
+            mlp=_mlp(backend, num_experts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _mlp(backend: TorchNativeProvider, num_experts: int | None) -> Any:
+    spec = get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts)
+    if num_experts is not None:
+        # A partial of the layer in Megatron 0.19, a ModuleSpec before.
+        submodules = spec.keywords["submodules"] if MEGATRON_0_19 else spec.submodules
+        submodules.router = Router
+    return spec
 
 
 def _attention(
@@ -127,6 +156,19 @@ def _latent_attention(
             kv_layernorm=norm,
         ),
     )
+
+
+class WholeLinear(nn.Module):
+    """A linear layer without bias that every tensor parallel rank holds whole, for its share of the tokens."""
+
+    def __init__(self, config: TransformerConfig, size_in: int, size_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """``x`` [..., size_in] to [..., size_out], and no bias: Megatron's interface."""
+        return F.linear(x, self.weight), None
 
 
 def _as_module(kind: type, **arguments: Any) -> type:

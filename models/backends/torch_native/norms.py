@@ -50,8 +50,9 @@ class _SumOverRanks(torch.autograd.Function):
 class AllHeadsRMSNorm(nn.Module):
     """Normalises queries (or keys) over the dims of all heads together, as OLMoE does.
 
-    Each tensor parallel rank holds its heads and their weights; the mean square is one all-reduce of a number
-    a token over ``tp_group``. Legend: H this rank's heads, D head dim.
+    Each tensor parallel rank has its heads and all weights, of which it uses its heads': Megatron adds up the
+    gradients of whatever is called ``q_layernorm`` or ``k_layernorm`` over ``tp_group``. The mean square is one
+    all-reduce of a number a token. Legend: H this rank's heads, D head dim.
     """
 
     def __init__(
@@ -61,11 +62,7 @@ class AllHeadsRMSNorm(nn.Module):
         super().__init__()
         self.eps, self.tp_group = eps, tp_group
         self.num_dims = num_heads * hidden_size
-        shape = (num_heads // tp_group.size(), hidden_size)
-        self.weight = nn.Parameter(torch.ones(shape, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]
+        self.weight = nn.Parameter(torch.ones(self.num_dims, dtype=config.params_dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` [..., H, D]; same shape and dtype. Collective over ``tp_group``."""
@@ -74,4 +71,5 @@ class AllHeadsRMSNorm(nn.Module):
         if self.tp_group.size() > 1:
             squares = _SumOverRanks.apply(squares, self.tp_group)  # type: ignore[no-untyped-call]
         normal = x_float * torch.rsqrt(squares / self.num_dims + self.eps)
-        return (self.weight * normal.to(x.dtype)).to(x.dtype)
+        own_HD = self.weight.view(self.tp_group.size(), *x.shape[-2:])[self.tp_group.rank()]
+        return own_HD * normal.to(x.dtype)

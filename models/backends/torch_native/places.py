@@ -45,8 +45,8 @@ def _attention(config: ModelConfig) -> dict[Role, Place]:
         "attention.output_bias": _at(_ATTENTION + "linear_proj.bias", "h"),
         "attention.query_norm": _at(_ATTENTION + "q_layernorm.weight", "d"),
         "attention.key_norm": _at(_ATTENTION + "k_layernorm.weight", "d"),
-        "attention.query_norm_all": _at(_ATTENTION + "q_layernorm.weight", "(g r) d"),
-        "attention.key_norm_all": _at(_ATTENTION + "k_layernorm.weight", "(g k) d"),
+        "attention.query_norm_all": _at(_ATTENTION + "q_layernorm.weight", "q"),
+        "attention.key_norm_all": _at(_ATTENTION + "k_layernorm.weight", "l"),
         "attention.sinks": _at(_ATTENTION + "core_attention.softmax_offset", "(g r)"),
     }
 
@@ -55,8 +55,8 @@ def _latent_attention() -> dict[Role, Place]:
     return {
         "mla.query": _at(_ATTENTION + "linear_q_proj.weight", "(m x) h"),
         "mla.query_down": _at(_ATTENTION + "linear_q_down_proj.weight", "a h"),
-        "mla.query_down_norm": _at(_ATTENTION + "q_layernorm.weight", "A"),
-        "mla.query_up": _at(_ATTENTION + "linear_q_up_proj.weight", "(m x) A"),
+        "mla.query_down_norm": _at(_ATTENTION + "q_layernorm.weight", "a"),
+        "mla.query_up": _at(_ATTENTION + "linear_q_up_proj.weight", "(m x) a"),
         "mla.kv_down": _at(_ATTENTION + "linear_kv_down_proj.weight", "b h"),
         "mla.kv_down_norm": _at(_ATTENTION + "kv_layernorm.weight", "B"),
         "mla.kv_up": _at(_ATTENTION + "linear_kv_up_proj.weight", "(m y) B"),
@@ -77,9 +77,9 @@ def _mlps() -> dict[Role, Place]:
         "expert.gate": _at(expert_fc1, "e (u j) h", u=(0, 2)),
         "expert.up": _at(expert_fc1, "e (u j) h", u=(1, 2)),
         "expert.gate_up": _at(expert_fc1, "e (c j) h"),
-        "expert.gate_up_bias": _at(_MLP + "experts.bias1", "e (c j)"),
+        "expert.gate_up_bias": _at(_MLP + "experts.bias1", "(e c j)"),
         "expert.down": _at(_MLP + "experts.weight2", "e h j"),
-        "expert.down_bias": _at(_MLP + "experts.bias2", "e h"),
+        "expert.down_bias": _at(_MLP + "experts.bias2", "(e h)"),
         "shared.gate": _at(shared_fc1, "(u s) h", u=(0, 2)),
         "shared.up": _at(shared_fc1, "(u s) h", u=(1, 2)),
         "shared.down": _at(_MLP + "shared_experts.linear_fc2.weight", "h s"),
