@@ -159,6 +159,37 @@ class OptimizerSection(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSection(Section):
+    """How routers of mixtures of experts are trained; dense models take the defaults only.
+
+    The step's loss is the mean over trained tokens plus, for every MoE layer, ``aux_loss_coeff`` * A +
+    ``z_loss_coeff`` * Z. Z and A are means over all tokens but padding, trained or not; A over groups of
+    tokens weighted by their size, of E * sum over experts of f * P with f the share of the group's choices
+    and P the mean score, 1 where all experts get the same. Metrics report A and Z as means over layers.
+    """
+
+    key: ClassVar[str] = "actor.router"
+
+    aux_loss: Literal["none", "microbatch", "sequence", "global_batch"] = "none"
+    """Groups the load is balanced in. ``sequence``: each sample. ``global_batch``: the samples of one
+    optimizer update, at the price of a second forward pass. Both are the same on every layout.
+    ``microbatch``: one packed row, which depends on ``d`` and ``algorithm.max_tokens_per_microbatch``."""
+
+    aux_loss_coeff: NonNegativeFloat = 0.0
+    """Weight of A, such as 1.0e-3; needed by, and no effect without, ``aux_loss``."""
+
+    z_loss_coeff: NonNegativeFloat = 0.0
+    """Weight of Z, the squared logsumexp of the router's logits, such as 1.0e-3; the same on every layout."""
+
+    bias_update_rate: NonNegativeFloat = 0.0
+    """What each update adds to the selection bias of experts with fewer choices than the mean, and takes from
+    those with more, over all its samples; 0 keeps the bias. Needs a model that has one (DeepSeek-V3, GLM)."""
+
+    freeze: bool = False
+    """Keep routers' weights as they are; no loss or bias update may be asked for besides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActorSection(Section):
     """The policy in training."""
 
@@ -172,6 +203,9 @@ class ActorSection(Section):
 
     sequence_parallel: bool | Literal["auto"] = "auto"
     """Split norms and residuals over tensor parallel ranks; ``auto`` does so from t2 on, as MoE demands."""
+
+    router: RouterSection = field(default_factory=RouterSection)
+    """How routers of mixtures of experts are trained."""
 
     virtual_pipeline_size: PositiveInt | None = None
     """Model chunks a pipeline stage holds (interleaved schedule); null for one. Needs ``p2`` or more."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtrl.batch import Sample
 from mtrl.models.builder import Model
 from mtrl.models.packed import PackedSegments, zigzag_tokens
+from mtrl.models.router import Routers
 from mtrl.packing import PackedMicrobatch, pack, plan_microbatches, take
 from mtrl.parallel.device import current_device
 
@@ -44,11 +45,13 @@ class Loss(Protocol):
 class Microbatch:
     """A packed microbatch on the device, with what was computed for it before the update.
 
+    ``sample_T`` (int64) says which of the row's samples a token belongs to, -1 for padding.
     ``old_logprobs_T`` and ``ref_logprobs_T`` are float32 about ``packed.targets_T``; None when not needed.
     """
 
     packed: PackedMicrobatch
     segments: PackedSegments
+    sample_T: Tensor
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
 
@@ -60,9 +63,11 @@ class Microbatch:
         """
         device = current_device().torch_device
         segments = PackedSegments.from_lengths(_lengths(packed), device, cp=cp, cp_rank=cp_rank)
+        sample_T = _samples_of_tokens(packed)
         if cp > 1:
-            packed = take(packed, zigzag_tokens(packed.tokens_T.numel(), cp, cp_rank))
-        return cls(packed=packed.to(device), segments=segments)
+            own = zigzag_tokens(packed.tokens_T.numel(), cp, cp_rank)
+            packed, sample_T = take(packed, own), sample_T[own]
+        return cls(packed=packed.to(device), segments=segments, sample_T=sample_T.to(device))
 
 
 def make_microbatches(
@@ -105,6 +110,12 @@ def _lengths(packed: PackedMicrobatch) -> list[int]:
     return lengths
 
 
+def _samples_of_tokens(packed: PackedMicrobatch) -> Tensor:
+    samples = torch.arange(packed.cu_seqlens.numel() - 1)
+    sample_T = torch.repeat_interleave(samples, packed.cu_seqlens.cpu().diff().long())
+    return sample_T.masked_fill(sample_T >= len(packed.sample_ids), -1)
+
+
 def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, temperature: float) -> Tensor:
     """Natural log-probability of each target at a temperature, float32 [T]; carries a gradient.
 
@@ -127,11 +138,25 @@ def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, tempe
 class Policy:
     """Runs Megatron's pipeline schedule over microbatches, forward alone or with backward.
 
-    ``chunks`` are what the schedule calls: the model's, or Megatron's DDP around them.
+    ``chunks`` are what the schedule calls: the model's, or Megatron's DDP around them. ``routers`` add their
+    losses to passes with backward.
     """
 
-    def __init__(self, model: Model, chunks: Sequence[nn.Module], *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        chunks: Sequence[nn.Module],
+        *,
+        temperature: float = 1.0,
+        routers: Routers | None = None,
+    ) -> None:
         self.model, self.chunks, self.temperature = model, list(chunks), temperature
+        self.routers = routers or Routers(model.chunks)
+        self._membership: Tensor | None = None
+        decoders: list[Any] = [chunk.decoder for chunk in model.chunks]
+        for decoder in decoders:
+            # GPTModel's own padding mask is a row's only, and is not split on later pipeline stages.
+            decoder.register_forward_pre_hook(self._tell_routers, with_kwargs=True)
         spec, at = model.groups.layout.spec, model.groups.coordinates
         self.is_last_stage = at.pp == spec.attn.pp - 1
         share = -(-model.config.vocab_size // spec.attn.tp)
@@ -166,6 +191,24 @@ class Policy:
         With backward, gradients are left in DDP's buffers, reduced and divided by the global count of
         trained tokens. All microbatches of a step, on all ranks, are padded to the same T.
         """
+        if forward_only or not self.routers.are_watched:
+            return self._run(microbatches, loss, forward_only=forward_only)
+        if self.routers.losses.aux_loss == "global_batch":
+            with torch.no_grad(), self.routers.counting():
+                self._run(microbatches, _KeepLogprobs(), forward_only=True)
+        num_tokens, num_trained = self._count_tokens(microbatches)
+        with self.routers.training(num_tokens=num_tokens, num_trained=num_trained):
+            return self._run(microbatches, loss, forward_only=False)
+
+    def _count_tokens(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+        """Real and trained tokens of the step. Collective over dp x cp."""
+        real = sum(int((each.sample_T >= 0).sum()) for each in microbatches)
+        trained = sum(each.packed.num_loss_tokens for each in microbatches)
+        counts = torch.tensor([real, trained], dtype=torch.float64, device=current_device().torch_device)
+        torch.distributed.all_reduce(counts, group=self.model.groups.attn.dp_cp)
+        return float(counts[0]), float(counts[1])
+
+    def _run(self, microbatches: Sequence[Microbatch], loss: Loss, *, forward_only: bool) -> list[Sums]:
         # Megatron wants the whole row's length, and divides it by cp itself.
         seq_length = microbatches[0].packed.tokens_T.numel() * self.model.groups.layout.spec.attn.cp
         iterators = [iter(microbatches) for _ in self.chunks]
@@ -185,6 +228,7 @@ class Policy:
         def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
             microbatch = next(iterator)
             packed = microbatch.packed
+            self._membership = self._member_tokens(microbatch)
             output = chunk(
                 packed.tokens_T.unsqueeze(0),
                 packed.positions_T.unsqueeze(0),
@@ -207,6 +251,20 @@ class Policy:
             return output, sum_loss
 
         return forward_step
+
+    def _member_tokens(self, microbatch: Microbatch) -> Tensor | None:
+        """`Routers.membership` of the tokens that this rank's MoE layers see: its part of the sequence."""
+        spec, at = self.model.groups.layout.spec, self.model.groups.coordinates
+        sample_T = microbatch.sample_T
+        if self.model.transformer_config.sequence_parallel:
+            sample_T = sample_T.chunk(spec.attn.tp)[at.tp]
+        return self.routers.membership(sample_T, len(microbatch.packed.sample_ids))
+
+    def _tell_routers(
+        self, decoder: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # As an argument, it reaches layers that are recomputed after the next microbatch has begun.
+        return arguments, {**named, "padding_mask": self._membership}
 
 
 class _KeepLogprobs:

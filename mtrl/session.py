@@ -175,7 +175,12 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         load_hf(model, Path(config.model.path))
     else:
         initialize(model, config.seed)
-    trainer = Trainer(model, config.actor.optimizer, temperature=config.rollout.temperature)
+    trainer = Trainer(
+        model,
+        config.actor.optimizer,
+        router=config.actor.router,
+        temperature=config.rollout.temperature,
+    )
     start = time.perf_counter()
     sampling = _start_engine(job, folder, model) if job.rollout is not None else None
     progress = open_progress(config.logging.progress, rank=parallel.rank)

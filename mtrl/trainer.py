@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtrl.config import Decay, OptimizerSection
+from mtrl.config import Decay, OptimizerSection, RouterSection
 from mtrl.models.builder import Model
+from mtrl.models.router import RouterLosses, RouterReport, Routers
 from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import NonFiniteError
 from mtrl.policy import Loss, Microbatch, Policy, Sums
@@ -35,7 +36,8 @@ class StepResult:
     """What one optimizer step did. ``loss`` is the mean over trained tokens of the global batch.
 
     ``sums`` are what the loss reports by name, joined over all microbatches and ranks; ``grad_norm`` is the
-    global norm before clipping; ``lr`` is the rate this step used.
+    global norm before clipping; ``lr`` is the rate this step used. ``loss`` leaves out what ``router``
+    reports, the losses of routers; None where there are none.
     """
 
     loss: float
@@ -43,6 +45,7 @@ class StepResult:
     lr: float
     num_tokens: int
     sums: dict[str, float]
+    router: RouterReport | None = None
 
 
 class Trainer:
@@ -52,9 +55,17 @@ class Trainer:
     with equally many.
     """
 
-    def __init__(self, model: Model, settings: OptimizerSection, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        settings: OptimizerSection,
+        *,
+        router: RouterSection | None = None,
+        temperature: float = 1.0,
+    ) -> None:
         self.model, self.settings = model, settings
         config = model.transformer_config
+        self.routers = _routers(model, router or RouterSection())
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=settings.distributed,
@@ -74,7 +85,7 @@ class Trainer:
         config.finalize_model_grads_func = partial(
             finalize_model_grads, pg_collection=model.groups.collection
         )
-        self.policy = Policy(model, self.chunks, temperature=temperature)
+        self.policy = Policy(model, self.chunks, temperature=temperature, routers=self.routers)
 
     def start_phase(
         self, *, total_steps: int, lr: float, warmup_steps: int, decay: Decay | None = None
@@ -130,11 +141,13 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = float(self.optimizer.param_groups[0]["lr"])
+        biases = self.routers.biases()  # Megatron updates them with the gradients
         parts = self.policy.run(microbatches, loss, forward_only=False)
         totals = self._join(parts, loss.names)
         loss_sum, num_tokens = totals.pop("loss_sum"), totals.pop("num_tokens")
         grad_sum = totals.pop("grad_sum")
         if not (math.isfinite(loss_sum) and math.isfinite(grad_sum)):
+            self.routers.restore(biases)
             what = "loss" if not math.isfinite(loss_sum) else "gradient"
             raise NonFiniteError(
                 f"the {what} is not finite (loss sum {loss_sum}, gradient sum {grad_sum}); the weights were "
@@ -148,6 +161,7 @@ class Trainer:
             lr=lr,
             num_tokens=int(num_tokens),
             sums=totals,
+            router=self.routers.report() if self.routers.losses != RouterLosses() else None,
         )
 
     def _join(self, parts: Sequence[Sums], names: Sequence[str]) -> dict[str, float]:
@@ -192,6 +206,19 @@ class Trainer:
         with torch.no_grad():
             for parameter, value in zip(self.model.tensors().values(), weights, strict=True):
                 parameter.copy_(value)
+
+
+def _routers(model: Model, section: RouterSection) -> Routers:
+    losses = RouterLosses(
+        aux_loss=section.aux_loss,
+        aux_loss_coeff=section.aux_loss_coeff,
+        z_loss_coeff=section.z_loss_coeff,
+    )
+    model.transformer_config.moe_router_bias_update_rate = section.bias_update_rate
+    routers = Routers(model.chunks, losses, updates_bias=section.bias_update_rate > 0)
+    if section.freeze:
+        routers.freeze()
+    return routers
 
 
 def _reduced(values: Sequence[float], op: Any) -> list[float]:
