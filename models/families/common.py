@@ -62,6 +62,12 @@ def refuse_windows(hf: Mapping[str, Any], name: str) -> None:
         raise ModelError(f"{name} with layer_types {windowed} is not supported; only 'full_attention'")
 
 
+def num_prediction_layers(hf: Mapping[str, Any]) -> int:
+    """Multi-token prediction layers, by the old or transformers 5's name of the key; one if it is not said."""
+    found = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 1))
+    return int(found or 0)
+
+
 def num_experts(hf: Mapping[str, Any]) -> int:
     """Routed experts, by the name the config uses; transformers 5 writes another than it used to."""
     names = ("num_local_experts", "n_routed_experts", "num_experts")
