@@ -2,7 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart quickstart-control test lint format types tests clean-env
+.PHONY: help env quickstart quickstart-control test parity lint format types tests clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -28,6 +28,9 @@ types: env  ## mypy --strict
 
 tests: env  ## all tests of the main environment, without lint, types, the quickstart and the second environment
 	@scripts/check.sh unit distributed engine
+
+parity: env  ## compare every legal layout with transformers, at length (an hour or two); writes docs/parity.md
+	@OMP_NUM_THREADS=1 $(PY) -m tests.distributed.run_parity
 
 format: env  ## let ruff put the files into format
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .

@@ -58,10 +58,10 @@ class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
     """Megatron's latent attention, with exactly the modules that its spec names, and whole down projections.
 
-    Megatron's local spec shards the rows of the down projections over ``attn.tp``, and then the gradient of the
-    rotary key, which all heads share, lacks what other ranks' heads add to it: the gather after the projection
-    splits in backward, and nothing sums. Its Transformer Engine spec holds them whole on every rank, each of
-    which projects its share of the tokens; so does this.
+    Megatron's local spec shards the rows of the down projections over ``attn.tp``, and then the gradient of
+    the rotary key, which all heads share, lacks what other ranks' heads add to it: the gather after the
+    projection splits in backward, and nothing sums. Its Transformer Engine spec holds them whole on every
+    rank, each of which projects its share of the tokens; so does this.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -159,7 +159,7 @@ def _latent_attention(
 
 
 class WholeLinear(nn.Module):
-    """A linear layer without bias that every tensor parallel rank holds whole, for its share of the tokens."""
+    """A linear layer without bias that each tensor parallel rank holds whole, for its share of the tokens."""
 
     def __init__(self, config: TransformerConfig, size_in: int, size_out: int) -> None:
         super().__init__()

@@ -51,8 +51,8 @@ class AllHeadsRMSNorm(nn.Module):
     """Normalises queries (or keys) over the dims of all heads together, as OLMoE does.
 
     Each tensor parallel rank has its heads and all weights, of which it uses its heads': Megatron adds up the
-    gradients of whatever is called ``q_layernorm`` or ``k_layernorm`` over ``tp_group``. The mean square is one
-    all-reduce of a number a token. Legend: H this rank's heads, D head dim.
+    gradients of whatever is called ``q_layernorm`` or ``k_layernorm`` over ``tp_group``. The mean square is
+    one all-reduce of a number a token. Legend: H this rank's heads, D head dim.
     """
 
     def __init__(

@@ -1,0 +1,112 @@
+"""Which pairs of layout and family the parity suite runs: every legal layout, and sets that cover all
+features.
+
+A *feature* is a choice such as "tp > 1" or "family olmoe"; a set covers when every two features that can meet
+meet in one of its pairs.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from mtrl.parallel.spec import ParallelSpec, parse_training_spec
+from tests.distributed.parity import WIDE, Pair
+from tests.family_toys import FAMILY_TOYS
+
+WORLD_SIZES = (1, 2, 3, 4, 6, 8)
+DENSE = ("llama", "llama tied", "qwen2", "qwen2 tied", "qwen3")
+NUM_LAYERS = 4
+"""Of every family toy."""
+
+
+def legal_specs(world_sizes: Sequence[int] = WORLD_SIZES) -> Iterator[str]:
+    """Every legal training spec of these world sizes, each layout once."""
+    for world in world_sizes:
+        for dp, pp, tp, cp in _factors(world, 4):
+            for edp, etp, ep in _factors(world // pp, 3):
+                yield f"megatron:(attn:d{dp}p{pp}t{tp}c{cp}|ffn:d{edp}p{pp}t{etp}e{ep})"
+
+
+def _factors(product: int, count: int) -> Iterator[tuple[int, ...]]:
+    if count == 1:
+        yield (product,)
+        return
+    for first in range(1, product + 1):
+        if product % first == 0:
+            for rest in _factors(product // first, count - 1):
+                yield (first, *rest)
+
+
+def features(pair: Pair) -> frozenset[tuple[str, object]]:
+    """The choices that a pair makes."""
+    spec = parse_training_spec(pair.spec)
+    return frozenset(
+        {
+            ("family", pair.toy),
+            ("dp", spec.attn.dp > 1),
+            ("tp", spec.attn.tp > 1),
+            ("cp", spec.attn.cp > 1),
+            ("pp", "uneven" if NUM_LAYERS % spec.attn.pp else spec.attn.pp > 1),
+            ("virtual", pair.num_chunks > 1),
+            ("ep", spec.ffn.ep > 1),
+            ("etp", spec.ffn.etp > 1),
+            ("edp", spec.ffn.edp > 1),
+            ("distributed optimizer", pair.zero),
+        }
+    )
+
+
+def candidates(toys: Sequence[str], world_sizes: Sequence[int]) -> Iterator[Pair]:
+    """Every pair there could be of these toys and world sizes."""
+    for text, toy, zero in itertools.product(legal_specs(world_sizes), toys, (True, False)):
+        spec = parse_training_spec(text)
+        if toy in DENSE and (spec.ffn.ep > 1 or spec.ffn.etp > 1):
+            continue
+        if spec.attn.pp > NUM_LAYERS:
+            continue
+        for num_chunks in (1, 2) if _may_interleave(spec) else (1,):
+            yield Pair(spec=text, toy=toy, num_chunks=num_chunks, zero=zero)
+
+
+def _may_interleave(spec: ParallelSpec) -> bool:
+    return spec.attn.pp == 2
+
+
+def covering(pool: Sequence[Pair]) -> tuple[Pair, ...]:
+    """A small subset in which every two features meet that meet in the pool: greedy, always the same."""
+    combinations = {
+        pair: frozenset(itertools.combinations(sorted(features(pair), key=str), 2)) for pair in pool
+    }
+    missing = set().union(*combinations.values())
+    chosen: list[Pair] = []
+    while missing:
+        best = max(pool, key=lambda pair: (len(combinations[pair] & missing), -pair.size, str(pair)))
+        chosen.append(best)
+        missing -= combinations[best]
+    return tuple(chosen)
+
+
+def every_layout(world_sizes: Sequence[int]) -> Iterator[Pair]:
+    """The wide toy under every legal layout, every other one with the distributed optimizer."""
+    for number, spec in enumerate(legal_specs(world_sizes)):
+        yield Pair(spec=spec, toy=WIDE, zero=number % 2 == 0)
+
+
+def all_families() -> tuple[Pair, ...]:
+    """Every family, in a set of layouts that covers all features."""
+    pool = list(candidates(tuple(FAMILY_TOYS), (1, 2, 3, 4)))
+    return covering(pool)
+
+
+FOLDED_ON_8 = (
+    "megatron:(attn:c2p2t2|ffn:t2e2)",
+    "megatron:(attn:d2p2t2|ffn:e4)",
+    "megatron:(attn:t4c2|ffn:e8)",
+)
+
+
+def suite() -> tuple[Pair, ...]:
+    """What CI runs, by world size and layout."""
+    mixtures = [toy for toy in FAMILY_TOYS if toy not in DENSE]
+    folded = [Pair(spec=spec, toy=toy) for spec, toy in zip(FOLDED_ON_8, mixtures, strict=False)]
+    pairs = (*every_layout((1, 2, 3)), *all_families(), *folded)
+    return tuple(sorted(pairs, key=lambda pair: (pair.size, pair.spec, pair.num_chunks, str(pair))))

@@ -1,0 +1,70 @@
+"""Every layout gives transformers' losses, gradients and weights, for every family."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pairs import candidates, covering, features, legal_specs, suite
+from tests.distributed.parity import Errors, Pair, measure, write_reference
+from tests.distributed.world import World
+from tests.family_toys import FAMILY_TOYS
+
+SUITE = suite()
+# One process with all samples of a step in one row: the same sums in another order.
+FLOORS = {toy: Pair(spec="megatron:d1", toy=toy, max_tokens=1000) for toy in {pair.toy for pair in SUITE}}
+
+
+class Measured:
+    """Errors of the suite's pairs; all pairs of one world size are run when the first of them is asked
+    for.
+    """
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self._found: dict[Pair, Errors | str] = {}
+
+    def __call__(self, pair: Pair) -> Errors:
+        if pair not in self._found:
+            same_size = [each for each in (*SUITE, *FLOORS.values()) if each.size == pair.size]
+            for toy in {each.toy for each in same_size}:
+                if not (self.folder / toy).exists():
+                    write_reference(self.folder, toy)
+            found = measure(self.world, self.folder, same_size)
+            self._found.update(zip(same_size, found, strict=True))
+        errors = self._found[pair]
+        assert isinstance(errors, Errors), errors
+        return errors
+
+
+@pytest.fixture(scope="module")
+def measured(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
+    yield Measured(world, tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.parametrize("pair", SUITE, ids=str)
+def test_a_layout_gives_the_numbers_of_transformers(measured: Measured, pair: Pair) -> None:
+    errors = measured(pair)
+    print(f"{pair}: {errors}")
+    assert not errors.beyond(measured(FLOORS[pair.toy])), errors
+
+
+@pytest.mark.parametrize("toy", sorted(FLOORS))
+def test_the_floor_is_below_the_bounds(measured: Measured, toy: str) -> None:
+    nothing = Errors(loss=0.0, grad_norm=0.0, gradient=0.0, weights=0.0)
+    assert not measured(FLOORS[toy]).beyond(nothing)
+
+
+def test_every_legal_layout_of_up_to_8_ranks_is_enumerated_once() -> None:
+    specs = list(legal_specs())
+    assert len(specs) == len(set(specs)) == 313
+
+
+def test_the_suite_covers_every_two_features_that_can_meet() -> None:
+    def met(pairs: tuple[Pair, ...]) -> set[frozenset[tuple[str, object]]]:
+        return {frozenset(two) for pair in pairs for two in itertools.combinations(features(pair), 2)}
+
+    pool = tuple(candidates(tuple(FAMILY_TOYS), (1, 2, 3, 4)))
+    assert not met(pool) - met(SUITE)
+    assert len(covering(pool)) < 60 <= len(SUITE)
