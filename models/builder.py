@@ -1,7 +1,7 @@
 """Build this rank's pipeline chunks of a model: Megatron-Core's GPTModel with a backend's modules."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from mtrl.models.backends.torch_native.layers import layer_spec
 from mtrl.models.backends.torch_native.norms import RMSNorm
 from mtrl.models.backends.torch_native.places import places
 from mtrl.models.backends.torch_native.rotary import PackedRotary, inverse_frequencies
+from mtrl.models.carried import Carried
 from mtrl.models.config import ModelConfig
 from mtrl.models.megatron_config import Precision, to_transformer_config
 from mtrl.models.stages import Stages
@@ -38,7 +39,7 @@ class Model:
 
     ``chunks`` are Megatron GPTModels in pipeline order: one, or as many as the virtual pipeline size.
     Their parameters are uninitialised until ``hf.load_weights`` fills them. ``weight_map`` says where
-    every weight of every rank lives.
+    every weight of every rank lives; ``carried`` is what a checkpoint holds and the model does not compute.
     """
 
     config: ModelConfig
@@ -46,6 +47,7 @@ class Model:
     groups: ParallelGroups
     chunks: tuple[nn.Module, ...]
     weight_map: WeightMap
+    carried: Carried = field(default_factory=Carried)
 
     def parameters(self) -> dict[tuple[int, str], nn.Parameter]:
         """This rank's parameters by (chunk, name)."""

@@ -4,6 +4,7 @@ The plan is ``transfers.py``'s; here it is cut into rounds of bounded size and c
 ``all_to_all_single`` a round over WORLD.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +13,13 @@ import torch.distributed as dist
 
 from mtrl.models.boxes import Box, Piece
 from mtrl.models.builder import Model
-from mtrl.models.pieces import read_stored
+from mtrl.models.pieces import Tensors, read_stored
 from mtrl.models.transfers import Boxes, Transfer, plan_transfers
 from mtrl.models.weight_map import WeightMap, owned_boxes
 
 DEFAULT_BUCKET_BYTES = 256 * 2**20
+
+DTYPES = {"float32": torch.float32}
 
 Reader = Callable[[Transfer], torch.Tensor]
 
@@ -54,15 +57,23 @@ class TensorGather:
     count: TransportCount = field(default_factory=TransportCount)
     _rounds: tuple[_Round, ...] = field(init=False, repr=False)
     _own: Mapping[str, tuple[Piece, ...]] = field(init=False, repr=False)
+    _kept: Mapping[str, torch.dtype] = field(init=False, repr=False)
+    _shapes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         weight_map, rank = self.model.weight_map, self.model.groups.rank
-        shapes = weight_map.hf_shapes()
+        self._shapes = shapes = weight_map.hf_shapes()
         have = held_boxes(weight_map)
         need: list[Boxes] = [{name: (Box.full(shapes[name]),) for name in names} for names in self.wanted]
         names = [name for name in shapes if any(name in wanted for wanted in need)]
         plan = plan_transfers(names, have, need)
-        self._rounds = tuple(_rounds(plan.transfers, names, shapes, rank, len(have), self.bucket_bytes))
+        self._kept = {name: DTYPES[kept] for name, kept in weight_map.hf_dtypes().items()}
+        by_dtype = itertools.groupby(names, key=self._kept.get)
+        self._rounds = tuple(
+            each
+            for _, run in by_dtype
+            for each in _rounds(plan.transfers, list(run), shapes, rank, len(have), self.bucket_bytes)
+        )
         own: dict[str, list[Piece]] = {}
         for piece in weight_map.of_rank(rank).pieces:
             own.setdefault(piece.hf.name, []).extend(piece.simple())
@@ -71,10 +82,17 @@ class TensorGather:
     def run(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for the names this rank wants, cast to ``dtype`` before they travel.
 
-        Collective over WORLD: every rank must exhaust its iterator. A yielded tensor is new memory.
+        Tensors that the weight table fixes to a dtype have that one. Collective over WORLD: every rank must
+        exhaust its iterator. A yielded tensor is new memory.
         """
         tensors = self.model.tensors()
-        shapes, rank = self.model.weight_map.hf_shapes(), self.model.groups.rank
+        for step in self._rounds:  # the names of a round share a dtype
+            yield from self._run_round(step, tensors, self._kept.get(step.names[0], dtype))
+
+    def _run_round(
+        self, step: _Round, tensors: Tensors, dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        rank = self.model.groups.rank
 
         def read(transfer: Transfer) -> torch.Tensor:
             for piece in self._own[transfer.name]:
@@ -83,24 +101,23 @@ class TensorGather:
                     return part[transfer.box.relative_to(piece.stored).slices].to(dtype)
             raise AssertionError(f"rank {rank} does not hold {transfer}")
 
-        for step in self._rounds:
-            received = self._exchange(step, read, dtype)
-            full = {
-                name: torch.empty(shapes[name], dtype=dtype, device=received.device)
-                for name in step.names
-                if name in self.wanted[rank]
-            }
-            offset = 0
-            for source, transfers in enumerate(step.receives):
-                for transfer in transfers:
-                    if source == rank:
-                        value = read(transfer)
-                    else:
-                        size = transfer.box.num_elements
-                        value = received[offset : offset + size].view(transfer.box.shape)
-                        offset += size
-                    full[transfer.name][transfer.box.slices] = value
-            yield from full.items()
+        received = self._exchange(step, read, dtype)
+        full = {
+            name: torch.empty(self._shapes[name], dtype=dtype, device=received.device)
+            for name in step.names
+            if name in self.wanted[rank]
+        }
+        offset = 0
+        for source, transfers in enumerate(step.receives):
+            for transfer in transfers:
+                if source == rank:
+                    value = read(transfer)
+                else:
+                    size = transfer.box.num_elements
+                    value = received[offset : offset + size].view(transfer.box.shape)
+                    offset += size
+                full[transfer.name][transfer.box.slices] = value
+        yield from full.items()
 
     def _exchange(self, step: _Round, read: Reader, dtype: torch.dtype) -> torch.Tensor:
         rank = self.model.groups.rank
@@ -132,7 +149,8 @@ def _rounds(
     """Cut the plan by names so that a rank's share of a round stays near ``bucket_bytes``."""
     by_name: dict[str, list[Transfer]] = {name: [] for name in names}
     for transfer in transfers:
-        by_name[transfer.name].append(transfer)
+        if transfer.name in by_name:
+            by_name[transfer.name].append(transfer)
     group: list[str] = []
     size = 0
     for name in [*names, ""]:

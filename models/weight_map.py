@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from mtrl.models.boxes import Box, Padding, Piece, Place, Range
+from mtrl.models.boxes import Box, Padding, Piece, Place, Range, View
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import Weight, family_named
 from mtrl.models.roles import ROLE_SYMBOLS, SHARDED_BY, Role
@@ -105,16 +105,20 @@ class WeightMap:
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the Hugging Face checkpoint, in the table's order."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        return {view.name: view.shape for _, view in self._hf_views()}
+
+    def hf_dtypes(self) -> dict[str, str]:
+        """The tensors that have one dtype whatever the others are written in."""
+        return {view.name: weight.dtype for weight, view in self._hf_views() if weight.dtype}
+
+    def _hf_views(self) -> Iterator[tuple[Weight, View]]:
         extents = self.config.extents()
         for weight in self.table:
             symbols = ROLE_SYMBOLS[weight.role]
             experts = range(extents["e"]) if "{expert}" in weight.place.name else range(1)
             for layer in weight.layers if weight.layers is not None else (0,):
                 for expert in experts:
-                    view = weight.place.view(symbols, extents, layer=layer, expert=expert)
-                    shapes[view.name] = view.shape
-        return shapes
+                    yield weight, weight.place.view(symbols, extents, layer=layer, expert=expert)
 
     def _entries(self, at: RankCoordinates) -> Iterator[Piece | Padding]:
         table = self.table

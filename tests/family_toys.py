@@ -5,13 +5,14 @@ published layout of each family.
 """
 
 import copy
+import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _SIZES: dict[str, object] = {
@@ -122,3 +123,58 @@ def published_gradients(model: Any) -> dict[str, Tensor]:
         for parameter, own in zip(holder.parameters(), model.parameters(), strict=True):
             parameter.copy_(torch.zeros_like(own) if own.grad is None else own.grad)
     return {key: value for key, value in published(holder).items() if "e_score_correction_bias" not in key}
+
+
+def quantize(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """``weight`` in float8_e4m3fn, and the scales of its blocks of ``size`` rows and columns, float32."""
+    rows, columns = (-(-extent // size) for extent in weight.shape[-2:])
+    scales = torch.empty(*weight.shape[:-2], rows, columns)
+    stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for row in range(rows):
+        for column in range(columns):
+            at = (..., slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size))
+            scale = weight[at].float().abs().amax((-2, -1)) / 448
+            scales[..., row, column] = scale
+            stored[at] = (weight[at].float() / scale[..., None, None]).to(torch.float8_e4m3fn)
+    return stored, scales
+
+
+def write_quantized(plain: Path, folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Tensor]]:
+    """Write a folder's linear layers in fp8, everything else as it is, and ``settings`` into its config.
+
+    Returns the new folder, and its weights dequantised by the definition: each block times its scale.
+    """
+    (size, _), folder_tensors, weights = settings["weight_block_size"], {}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        folder_tensors[name] = weights[name] = tensor
+        if tensor.dim() < 2 or "embed" in name or "lm_head" in name or name.endswith("gate.weight"):
+            continue
+        stored, scales = quantize(tensor, size)
+        folder_tensors[name], folder_tensors[name + "_scale_inv"] = stored, scales
+        rows = scales.repeat_interleave(size, -2)[..., : tensor.shape[-2], :]
+        spread = rows.repeat_interleave(size, -1)[..., : tensor.shape[-1]]
+        weights[name] = (stored.float() * spread).bfloat16()
+    folder.mkdir(parents=True)
+    save_file(folder_tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, weights
+
+
+def prediction_layer(tensors: dict[str, Tensor], num_layers: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """A multi-token prediction layer as DeepSeek-V3 and GLM-4.5 publish it, with random weights.
+
+    It is a layer like the model's last, one number further, and what joins it to the model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    last, after = f"model.layers.{num_layers - 1}.", f"model.layers.{num_layers}."
+    embedding = tensors["model.embed_tokens.weight"]
+    norm = tensors["model.norm.weight"]
+    shapes = {name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
+    shapes |= {"enorm.weight": norm, "hnorm.weight": norm, "shared_head.norm.weight": norm}
+    shapes |= {"embed_tokens.weight": embedding, "shared_head.head.weight": embedding}
+    shapes["eh_proj.weight"] = torch.empty(norm.numel(), 2 * norm.numel(), dtype=norm.dtype)
+    return {
+        after + name: torch.randn(like.shape, generator=generator).to(like.dtype)
+        for name, like in shapes.items()
+    }

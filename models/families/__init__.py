@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mtrl.models.boxes import Place
 from mtrl.models.config import ModelConfig, read_hf_config
@@ -21,12 +21,14 @@ from mtrl.parallel.errors import ModelError, UnknownFamilyError
 class Weight:
     """One row of a weight table: a role and where it lies in the checkpoint.
 
-    ``layers`` are the layers that have it, or None for a weight of the whole model.
+    ``layers`` are the layers that have it, or None for a weight of the whole model. ``dtype`` is what it is
+    written in, whatever the others are.
     """
 
     role: Role
     place: Place
     layers: tuple[int, ...] | None = None
+    dtype: Literal["float32"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

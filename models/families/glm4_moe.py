@@ -1,8 +1,8 @@
 """GLM-4.5-MoE (``Glm4MoeForCausalLM``).
 
 Rotary position on a part of each head, biases on queries, keys and values, sigmoid routing with a selection
-bias, shared experts, the first layers dense. The multi-token prediction layer of a published folder is not
-part of transformers' model; see ``hf_folder.check_names`` for what becomes of it.
+bias, shared experts, the first layers dense. The multi-token prediction layer of a published folder is
+carried, not computed (``carried.py``).
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 from mtrl.models.config import ModelConfig, MoeConfig, read_rope, require
 from mtrl.models.families import Family, Weight, register_family
-from mtrl.models.families.common import decoder_fields, num_experts, refuse
+from mtrl.models.families.common import decoder_fields, num_experts, num_prediction_layers, refuse
 from mtrl.models.families.tables import attention_rows, fused_experts, mlp_rows, model_rows, moe_rows
 
 
@@ -37,6 +37,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=bool(hf.get("attention_bias", False)),
         qk_norm="head" if hf.get("use_qk_norm", False) else "none",
         moe=moe,
+        num_prediction_layers=num_prediction_layers(hf),
     )
 
 

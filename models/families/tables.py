@@ -4,6 +4,8 @@ A family's table is a sum of these; what differs it writes itself. Every functio
 gives the rows that its flags call for, so a model without biases has no rows for biases.
 """
 
+from typing import Literal
+
 from mtrl.models.boxes import Place
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import Weight
@@ -12,9 +14,16 @@ from mtrl.models.roles import Role
 LAYER = "model.layers.{layer}."
 
 
-def row(role: Role, name: str, pattern: str, layers: tuple[int, ...] | None = None) -> Weight:
+def row(
+    role: Role,
+    name: str,
+    pattern: str,
+    layers: tuple[int, ...] | None = None,
+    *,
+    dtype: Literal["float32"] | None = None,
+) -> Weight:
     """One row; ``layers`` None is a weight of the whole model."""
-    return Weight(role=role, place=Place(name=name, pattern=pattern), layers=layers)
+    return Weight(role=role, place=Place(name=name, pattern=pattern), layers=layers, dtype=dtype)
 
 
 def model_rows(config: ModelConfig) -> tuple[Weight, ...]:
@@ -88,7 +97,8 @@ def moe_rows(
         row("expert.down", down, "h j", layers),
     ]
     if moe.selection_bias:
-        rows.append(row("moe.selection_bias", at + "gate.e_score_correction_bias", "n", layers))
+        name = at + "gate.e_score_correction_bias"
+        rows.append(row("moe.selection_bias", name, "n", layers, dtype="float32"))
     if moe.shared_hidden_size:
         rows.append(row("shared.gate", f"{at}{shared}.gate_proj.weight", "(u s) h", layers))
         rows.append(row("shared.up", f"{at}{shared}.up_proj.weight", "(u s) h", layers))

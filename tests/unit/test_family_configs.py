@@ -60,6 +60,7 @@ def understood(hf: Mapping[str, Any]) -> dict[str, object]:
         "max_position_embeddings": config.max_position_embeddings,
         "norm_eps": config.rms_norm_eps,
         "tie_embeddings": config.tie_word_embeddings,
+        "num_prediction_layers": getattr(config, "num_mtp_layers", 0),
         "theta": rope.pop("rope_theta"),
         "kind": rope.pop("rope_type"),
         "fraction": rope.pop("partial_rotary_factor", 1.0),

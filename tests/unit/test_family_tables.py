@@ -45,9 +45,7 @@ def test_a_folder_of_fused_experts_is_told_by_its_names(name: str, tmp_path: Pat
     assert table.hf_shapes() != found
     chosen = table.in_format_of(found)
     assert chosen.hf_shapes() == found
-    with pytest.raises(
-        WeightError, match=r"missing: model\.layers\.\d\.mlp\.experts\.gate_up_proj \(8,"
-    ):
+    with pytest.raises(WeightError, match=r"missing: model\.layers\.\d\.mlp\.experts\.gate_up_proj \(8,"):
         fewer = {key: shape for key, shape in found.items() if "gate_up_proj" not in key}
         check_names(config, table.in_format_of(fewer).hf_shapes(), fewer)
 
@@ -61,7 +59,7 @@ def test_a_tensor_more_or_less_or_of_another_shape_is_refused_by_its_name(name: 
     norm = "model.layers.2.input_layernorm.weight"
     for wrong, message in (
         ({key: shape for key, shape in found.items() if key != norm}, f"missing: {norm} (48,)"),
-        (found | {"model.layers.4.input_layernorm.weight": (48,)}, "unknown: model.layers.4.input_layernorm"),
+        (found | {"model.layers.5.input_layernorm.weight": (48,)}, "unknown: model.layers.5.input_layernorm"),
         (found | {norm: (49,)}, f"shape of {norm}: (49,), config.json implies (48,)"),
     ):
         with pytest.raises(WeightError) as raised:
