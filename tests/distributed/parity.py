@@ -31,8 +31,8 @@ BETAS = (0.9, 0.95)
 WIDE = "qwen3 moe wide"
 """A Qwen3-MoE whose sizes every layout of up to 8 ranks divides."""
 _WIDE_FIELDS: dict[str, object] = {
-    "num_hidden_layers": 8, "num_attention_heads": 24, "num_key_value_heads": 24, "head_dim": 4,
-    "num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 96,
+    "num_hidden_layers": 8, "num_attention_heads": 24, "num_key_value_heads": 24, "head_dim": 8,
+    "num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 48,
 }  # fmt: skip
 
 BOUNDS = {"loss": 1e-6, "grad_norm": 1e-6, "gradient": 1e-5, "weights": 1e-4}
@@ -92,7 +92,7 @@ class Errors:
 def build(toy: str) -> Any:
     """A family toy, or the wide one."""
     if toy == WIDE:
-        return build_family_toy("qwen3 moe", seed=5, **_WIDE_FIELDS)
+        return build_family_toy("qwen3 moe", seed=6, **_WIDE_FIELDS)
     return build_family_toy(toy, seed=5)
 
 
