@@ -1,5 +1,6 @@
 """From ``ModelConfig`` and a layout to Megatron's ``TransformerConfig``."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from mtrl.models.config import ModelConfig
 from mtrl.models.stages import Stages
 from mtrl.parallel.device import current_device
+from mtrl.parallel.errors import ConfigError
 from mtrl.parallel.groups import ParallelGroups
+from mtrl.parallel.spec import ParallelSpec
 
 from megatron.core.transformer.transformer_config import (
     MLATransformerConfig,
@@ -16,6 +19,18 @@ from megatron.core.transformer.transformer_config import (
 )
 
 Precision = Literal["fp32", "bf16"]
+
+_OWN_LOSSES = "Megatron's own count padding and depend on the layout; write actor.router instead"
+_REFUSED = {
+    "moe_expert_capacity_factor": "which tokens an expert then drops depends on which share a rank, and so "
+    "the result on the layout; leave it out: no token is dropped",
+    "moe_input_jitter_eps": "every rank would draw noise of its own, and the result depend on the layout",
+    "moe_router_force_load_balancing": "experts would be chosen at random",
+    "moe_router_load_balancing_type": _OWN_LOSSES,
+    "moe_aux_loss_coeff": _OWN_LOSSES,
+    "moe_z_loss_coeff": _OWN_LOSSES,
+    "moe_router_bias_update_rate": _OWN_LOSSES,
+}
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,8 +48,11 @@ def to_transformer_config(
     Sequence parallelism is on whenever ``attn.tp`` > 1: Megatron's MoE layers need it to train, and
     it only saves memory elsewhere. Losses are sums, divided once by the global count of tokens
     (``calculate_per_token_loss``). ``overrides`` are fields of ``TransformerConfig`` and win.
+
+    Raises:
+        ConfigError: an override asks for what no layout but one process's could give, or counts padding.
     """
-    spec = groups.layout.spec
+    _refuse(overrides)
     dtype = DTYPES[precision]
     fields: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -63,12 +81,7 @@ def to_transformer_config(
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "calculate_per_token_loss": True,
-        "tensor_model_parallel_size": spec.attn.tp,
-        "sequence_parallel": spec.attn.tp > 1,
-        "context_parallel_size": spec.attn.cp,
-        "pipeline_model_parallel_size": spec.attn.pp,
-        "expert_model_parallel_size": spec.ffn.ep,
-        "expert_tensor_parallel_size": spec.ffn.etp,
+        **_layout_fields(groups.layout.spec),
         **_pipeline_fields(stages),
         **_moe_fields(config),
         **_mla_fields(config),
@@ -83,6 +96,34 @@ def to_transformer_config(
     made = kind(**merged, expert_tensor_parallel_size=1)
     made.expert_tensor_parallel_size = etp
     return made
+
+
+def recompute_fields(
+    recompute: Literal["none", "full", "selective"], modules: Sequence[str]
+) -> dict[str, Any]:
+    """Megatron's fields for activations that are computed again in backward; see ``actor.recompute``."""
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    return {}
+
+
+def _refuse(overrides: Mapping[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        if overrides.get(name) not in (None, 0, False, "none"):
+            raise ConfigError(f"{name}: given {overrides[name]}; {reason}")
+
+
+def _layout_fields(spec: ParallelSpec) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": spec.attn.tp,
+        "sequence_parallel": spec.attn.tp > 1,
+        "context_parallel_size": spec.attn.cp,
+        "pipeline_model_parallel_size": spec.attn.pp,
+        "expert_model_parallel_size": spec.ffn.ep,
+        "expert_tensor_parallel_size": spec.ffn.etp,
+    }
 
 
 def _pipeline_fields(stages: Stages) -> dict[str, Any]:

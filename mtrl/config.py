@@ -23,6 +23,7 @@ from mtrl.config_types import (
 )
 
 Decay = Literal["constant", "cosine", "linear"]
+RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts", "mla_up_proj", "layernorm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +208,13 @@ class ActorSection(Section):
     router: RouterSection = field(default_factory=RouterSection)
     """How routers of mixtures of experts are trained."""
 
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activations computed again in backward, which saves memory: whole layers, or ``recompute_modules``."""
+
+    recompute_modules: tuple[RecomputedModule, ...] = ("core_attn",)
+    """What ``selective`` recomputes: ``moe`` is a layer's router and experts, ``mlp`` a dense layer's; no
+    effect otherwise. Megatron's ``moe_act`` is left out: it needs a grouped GEMM that is not used here."""
+
     virtual_pipeline_size: PositiveInt | None = None
     """Model chunks a pipeline stage holds (interleaved schedule); null for one. Needs ``p2`` or more."""
 
@@ -346,6 +354,10 @@ class Config(Section):
 
     seed: NonNegativeInt = 1
     """Seed of weights, data order and sampling: the same config and seed repeat a run."""
+
+    deterministic: bool = False
+    """On GPUs, train with deterministic kernels only, slower; weights then repeat bit for bit on a layout,
+    as on CPU they always do. vLLM's kernels are its own: what it samples on a GPU may differ."""
 
     output_dir: str
     """Folder everything a run writes goes to; all nodes must see it under the same path."""

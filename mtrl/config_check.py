@@ -7,7 +7,8 @@ collective or reads files. What a spec asks of a model (heads, experts, layers) 
 import importlib.util
 import os
 
-from mtrl.config import Config
+from mtrl.config import Config, RouterSection
+from mtrl.parallel.determinism import check_environment
 from mtrl.parallel.errors import ConfigError, LayoutError, MissingPackageError, SpecError
 from mtrl.parallel.spec import (
     ParallelSpec,
@@ -37,6 +38,9 @@ def check_config(config: Config, world_size: int) -> None:
     actor = actor_spec(config)
     _check_schedule(config)
     _check_actor(config, actor)
+    _check_router(config.actor.router)
+    if config.deterministic:
+        check_environment()
     if config.algorithm.name == "grpo":
         _check_grpo(config)
         _check_rollout(config, actor, rollout_spec(config))
@@ -145,6 +149,19 @@ def _check_actor(config: Config, actor: ParallelSpec) -> None:
         raise ConfigError(
             f"actor.virtual_pipeline_size: given {chunks} with {actor}, which has one pipeline stage; "
             "write p2 or more in actor.backend, or leave it null"
+        )
+
+
+def _check_router(router: RouterSection) -> None:
+    if (router.aux_loss == "none") != (router.aux_loss_coeff == 0.0):
+        raise ConfigError(
+            f"actor.router.aux_loss: given {router.aux_loss} with aux_loss_coeff {router.aux_loss_coeff:g}; "
+            "give both, such as sequence and 1.0e-3, or neither"
+        )
+    if router.freeze and (router.aux_loss_coeff or router.z_loss_coeff or router.bias_update_rate):
+        raise ConfigError(
+            "actor.router.freeze: true with a loss or a bias update of routers, whose weights are then kept; "
+            "write freeze=false, or 0 for aux_loss_coeff, z_loss_coeff and bias_update_rate"
         )
 
 

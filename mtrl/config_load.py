@@ -157,6 +157,8 @@ def _convert(key: str, value: object, hint: Any, origins: Origins) -> object:
         check_value(key, value, hint)
     except ConfigError as error:
         raise ConfigError(f"{_where(key, origins)}{error}") from None
+    if isinstance(value, list):
+        return tuple(value)
     is_number = type(value) is int and not any(type(value) is _base(option) for option in alternatives(hint))
     return float(value) if is_number else value  # type: ignore[arg-type]
 

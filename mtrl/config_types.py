@@ -85,6 +85,9 @@ def matches(value: object, hint: Any) -> bool:
     if get_origin(hint) is Annotated:
         base, bounds = get_args(hint)
         return matches(value, base) and bounds.contains(value)
+    if get_origin(hint) is tuple:
+        is_list = isinstance(value, list | tuple)
+        return is_list and all(matches(each, get_args(hint)[0]) for each in value)  # type: ignore[attr-defined]
     if get_origin(hint) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
     if hint is float:
@@ -102,6 +105,8 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is Annotated:
         base, bounds = get_args(hint)
         return f"{describe(base)}, {bounds}"
+    if get_origin(hint) is tuple:
+        return f"a list of {describe(get_args(hint)[0])}"
     if get_origin(hint) is Literal:
         return " or ".join(str(choice) for choice in get_args(hint))
     if hint is type(None):

@@ -47,6 +47,7 @@ class StepMetrics:
     the same weights; ``logprob_mismatch_share`` is the share of tokens that differ by more than 1e-5.
     ``policy_version`` is the version of the weights that sampled. ``truncated_share`` is the share of
     completions that ended by length, ``clip_share`` that of tokens whose ratio was clipped.
+    ``router_aux_loss`` (1: every expert gets the same) and ``router_z_loss`` are ``actor.router``'s A and Z.
     """
 
     step: int
@@ -56,6 +57,8 @@ class StepMetrics:
     lr: float
     num_tokens: int
     seconds: StepSeconds
+    router_aux_loss: float | None = None
+    router_z_loss: float | None = None
     reward_mean: float | None = None
     reward_std: float | None = None
     completion_length_mean: float | None = None

@@ -16,6 +16,7 @@ from mtrl.models.builder import Model
 from mtrl.models.packed import PackedSegments, zigzag_tokens
 from mtrl.models.router import Routers
 from mtrl.packing import PackedMicrobatch, pack, plan_microbatches, take
+from mtrl.parallel.determinism import deterministic_algorithms
 from mtrl.parallel.device import current_device
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -139,7 +140,7 @@ class Policy:
     """Runs Megatron's pipeline schedule over microbatches, forward alone or with backward.
 
     ``chunks`` are what the schedule calls: the model's, or Megatron's DDP around them. ``routers`` add their
-    losses to passes with backward.
+    losses to passes with backward; ``deterministic`` has torch choose kernels that repeat bit for bit.
     """
 
     def __init__(
@@ -149,9 +150,11 @@ class Policy:
         *,
         temperature: float = 1.0,
         routers: Routers | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.model, self.chunks, self.temperature = model, list(chunks), temperature
         self.routers = routers or Routers(model.chunks)
+        self._deterministic = deterministic
         self._membership: Tensor | None = None
         decoders: list[Any] = [chunk.decoder for chunk in model.chunks]
         for decoder in decoders:
@@ -212,16 +215,17 @@ class Policy:
         # Megatron wants the whole row's length, and divides it by cp itself.
         seq_length = microbatches[0].packed.tokens_T.numel() * self.model.groups.layout.spec.attn.cp
         iterators = [iter(microbatches) for _ in self.chunks]
-        result: list[Sums] = self._run_schedule(
-            forward_step_func=self._forward_step(loss),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(microbatches),
-            seq_length=seq_length,
-            micro_batch_size=1,
-            decoder_seq_length=seq_length,
-            forward_only=forward_only,
-        )
+        with deterministic_algorithms(self._deterministic):
+            result: list[Sums] = self._run_schedule(
+                forward_step_func=self._forward_step(loss),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(microbatches),
+                seq_length=seq_length,
+                micro_batch_size=1,
+                decoder_seq_length=seq_length,
+                forward_only=forward_only,
+            )
         return result
 
     def _forward_step(self, loss: Loss) -> Callable[..., Any]:

@@ -7,10 +7,10 @@ fit each other or raises an error for the person who typed the command.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mtrl.batch import Prompt, Sample
-from mtrl.config import Config
+from mtrl.config import Config, RecomputedModule, RouterSection
 from mtrl.config_check import actor_spec, check_config, check_packages, rollout_spec
 from mtrl.data.load import load_prompts, load_samples
 from mtrl.models.config import ModelConfig
@@ -118,6 +118,8 @@ def _check_model(config: Config, actor: ParallelSpec) -> ModelConfig:
     check_model_fits(model, actor)
     stages = Stages.balanced(model.num_layers, actor.attn.pp, config.actor.virtual_pipeline_size or 1)
     _check_sequence_parallel(config, actor, model)
+    _check_router(config, model)
+    _check_recompute(config, model)
     if config.model.path:
         weights = WeightMap(config=model, layout=RankLayout.from_spec(actor), stages=stages, places={})
         found = folder_shapes(Path(config.model.path))
@@ -138,6 +140,38 @@ def _check_sequence_parallel(config: Config, actor: ParallelSpec, model: ModelCo
         raise ConfigError(
             f"actor.sequence_parallel: false with {actor} and a mixture of experts, which Megatron-Core "
             "trains over tensor parallel ranks only with it; write auto"
+        )
+
+
+def _check_router(config: Config, model: ModelConfig) -> None:
+    router = config.actor.router
+    if model.moe is None and router != RouterSection():
+        raise ConfigError(
+            "actor.router: given for a dense model, which has no routers; leave the section out"
+        )
+    if router.bias_update_rate and not (model.moe and model.moe.selection_bias):
+        raise ConfigError(
+            f"actor.router.bias_update_rate: given {router.bias_update_rate:g}, but this model's routers "
+            "have no selection bias; balance them with actor.router.aux_loss, or write 0"
+        )
+
+
+def _check_recompute(config: Config, model: ModelConfig) -> None:
+    if config.actor.recompute != "selective":
+        return
+    has = {
+        "mlp": len(model.moe_layers) < model.num_layers,
+        "moe": model.moe is not None,
+        "shared_experts": bool(model.moe and model.moe.shared_hidden_size),
+        "mla_up_proj": model.mla is not None,
+    }
+    modules = config.actor.recompute_modules
+    lacking = [name for name in modules if not has.get(name, True)]
+    if lacking or not modules:
+        fits = ", ".join(name for name in get_args(RecomputedModule) if has.get(name, True))
+        raise ConfigError(
+            f"actor.recompute_modules: given [{', '.join(modules)}], of which this model has no "
+            f"{', '.join(lacking) or 'part'}; it has {fits}"
         )
 
 

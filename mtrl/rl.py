@@ -3,7 +3,7 @@
 prompts -> completions (engine) -> rewards -> advantages -> samples -> microbatches -> update -> push
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean, pstdev
 
@@ -150,6 +150,8 @@ def step_metrics(
         grad_norm=fmean(result.grad_norm for result in results),
         lr=results[-1].lr,
         num_tokens=num_tokens,
+        router_aux_loss=_mean(result.router.aux_loss for result in results if result.router),
+        router_z_loss=_mean(result.router.z_loss for result in results if result.router),
         seconds=watch.read(),
         reward_mean=fmean(rewards),
         reward_std=pstdev(rewards),
@@ -163,6 +165,11 @@ def step_metrics(
         policy_version=completions[0].policy_version,
         push_bytes_received=push_bytes,
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return fmean(given) if given else None
 
 
 def check_mismatch(metrics: StepMetrics, max_k3_kl: float) -> None:

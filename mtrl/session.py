@@ -9,18 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from mtrl.batch import Sample
 from mtrl.checkpoint.save import copy_tokenizer, save_checkpoint
+from mtrl.config import Config
 from mtrl.exchange import sum_over_ranks
 from mtrl.metrics import EvaluationMetrics, MetricsWriter, Stopwatch, peak_memory
 from mtrl.models.builder import Model, build_model
 from mtrl.models.hf import initialize, load_hf
-from mtrl.parallel import groups
+from mtrl.models.megatron_config import recompute_fields
+from mtrl.parallel import determinism, groups
 from mtrl.parallel.device import current_device
 from mtrl.parallel.layout import RankLayout
 from mtrl.plots import plot_rewards
@@ -159,6 +161,8 @@ class Session:
 def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Session]:
     """Build every part of a run, and take it down again. Collective over all processes of the job."""
     config = job.config
+    if config.deterministic:
+        determinism.set_environment()
     groups.init_distributed()
     parallel = groups.create(
         RankLayout.from_spec(job.actor), virtual_pipeline_size=config.actor.virtual_pipeline_size
@@ -169,7 +173,7 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         parallel,
         precision=config.model.precision,
         num_chunks=config.actor.virtual_pipeline_size or 1,
-        **_overrides(config.actor.sequence_parallel),
+        **_megatron_fields(config),
     )
     if config.model.path:
         load_hf(model, Path(config.model.path))
@@ -180,6 +184,7 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         config.actor.optimizer,
         router=config.actor.router,
         temperature=config.rollout.temperature,
+        deterministic=config.deterministic,
     )
     start = time.perf_counter()
     sampling = _start_engine(job, folder, model) if job.rollout is not None else None
@@ -206,8 +211,14 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
     dist.destroy_process_group()
 
 
-def _overrides(sequence_parallel: bool | Literal["auto"]) -> dict[str, bool]:
-    return {} if sequence_parallel == "auto" else {"sequence_parallel": sequence_parallel}
+def _megatron_fields(config: Config) -> dict[str, Any]:
+    actor = config.actor
+    fields: dict[str, Any] = recompute_fields(actor.recompute, actor.recompute_modules)
+    if actor.sequence_parallel != "auto":
+        fields["sequence_parallel"] = actor.sequence_parallel
+    if config.deterministic:
+        fields["deterministic_mode"] = True
+    return fields
 
 
 def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:

@@ -38,6 +38,8 @@ def train_sft(
             grad_norm=result.grad_norm,
             lr=result.lr,
             num_tokens=result.num_tokens,
+            router_aux_loss=result.router.aux_loss if result.router else None,
+            router_z_loss=result.router.z_loss if result.router else None,
             seconds=watch.read(),
         )
         session.writer.write_step(metrics)

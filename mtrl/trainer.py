@@ -62,6 +62,7 @@ class Trainer:
         *,
         router: RouterSection | None = None,
         temperature: float = 1.0,
+        deterministic: bool = False,
     ) -> None:
         self.model, self.settings = model, settings
         config = model.transformer_config
@@ -85,7 +86,9 @@ class Trainer:
         config.finalize_model_grads_func = partial(
             finalize_model_grads, pg_collection=model.groups.collection
         )
-        self.policy = Policy(model, self.chunks, temperature=temperature, routers=self.routers)
+        self.policy = Policy(
+            model, self.chunks, temperature=temperature, routers=self.routers, deterministic=deterministic
+        )
 
     def start_phase(
         self, *, total_steps: int, lr: float, warmup_steps: int, decay: Decay | None = None

@@ -1,4 +1,4 @@
-"""Routers' losses, selection biases and freezing: what plain torch makes of three steps, and what a rank does."""
+"""Routers' losses, selection biases and freezing: three steps in plain torch, and on a rank."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class ByHand:
         found: Found = {"loss": [], "grad_norm": [], "aux_loss": [], "z_loss": []}
         for step in range(NUM_STEPS):
             optimizer.zero_grad()
-            loss, terms, rows = self._losses(rows_of(batch(step), num_dp))
+            loss, terms = self._losses(rows_of(batch(step), num_dp))
             (loss + sum(self._weighted(term) for term in terms)).backward()  # type: ignore[no-untyped-call]
             self._logits.clear()
             found.setdefault("gradients", published_gradients(self.model))
@@ -85,7 +85,7 @@ class ByHand:
     def _weighted(self, term: tuple[Tensor, Tensor]) -> Tensor:
         return self.section.aux_loss_coeff * term[0] + self.section.z_loss_coeff * term[1]
 
-    def _losses(self, rows: list[list[Sample]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]], int]:
+    def _losses(self, rows: list[list[Sample]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Mean loss of trained tokens; each router's A and Z."""
         self._logits.clear()
         self._choices.clear()
@@ -108,7 +108,7 @@ class ByHand:
             num_tokens = sum(len(each) for each in logits)
             a = sum((len(each) * self._imbalance(each) for each in groups), torch.zeros(())) / num_tokens
             terms.append((a, torch.cat(logits).logsumexp(-1).square().mean()))
-        return nll / num_trained, terms, len(rows)
+        return nll / num_trained, terms
 
     def _imbalance(self, logits: Tensor) -> Tensor:
         scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(-1)

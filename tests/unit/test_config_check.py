@@ -110,6 +110,24 @@ REFUSED: dict[str, Case] = {
         ["rollout.max_new_tokens=4096"],
         "given 4096, needs at least 4097",
     ),
+    "a loss of routers without weight": (
+        ConfigError,
+        ["actor.router.aux_loss=sequence"],
+        "actor.router.aux_loss: given sequence with aux_loss_coeff 0; give both",
+    ),
+    "a weight without loss of routers": (
+        ConfigError,
+        ["actor.router.aux_loss_coeff=0.1"],
+        "actor.router.aux_loss: given none with aux_loss_coeff 0.1; give both",
+    ),
+    **{
+        f"frozen routers and {key}": (
+            ConfigError,
+            ["actor.router.freeze=true", f"actor.router.{key}=0.1"],
+            "actor.router.freeze: true with a loss or a bias update of routers",
+        )
+        for key in ("z_loss_coeff", "bias_update_rate")
+    },
     "virtual stages": (ConfigError, ["actor.virtual_pipeline_size=2"], "write p2 or more in actor.backend"),
 }
 
@@ -129,9 +147,19 @@ def test_what_can_run_together_is_not_refused(tmp_path: Path) -> None:
         ["ref.backend=megatron:(attn:d2|ffn:e2)", "algorithm.kl_coef=0.1"],
         ["actor.optimizer.warmup_steps=120", "algorithm.minibatches_per_step=2"],
         ["rollout.max_new_tokens=4095"],
+        ["actor.router={aux_loss: sequence, aux_loss_coeff: 1.0e-3, z_loss_coeff: 1.0e-3}"],
     ):
         check_config(load(tmp_path, *overrides), 2)
     check_config(load(tmp_path, text=SFT), 2)
+
+
+def test_determinism_is_refused_where_the_environment_stands_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    check_config(load(tmp_path), 2)
+    with pytest.raises(ConfigError, match="the environment has NVTE_ALLOW_NONDETERMINISTIC_ALGO=1; unset"):
+        check_config(load(tmp_path, "deterministic=true"), 2)
 
 
 def test_sft_asks_for_its_own_keys_and_not_for_those_of_grpo(tmp_path: Path) -> None:

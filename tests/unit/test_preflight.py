@@ -101,6 +101,21 @@ REFUSED: dict[str, Refused] = {
         ["actor.sequence_parallel=false", "actor.backend=megatron:t2"],
         "actor.sequence_parallel: false with megatron:t2 and a mixture of experts",
     ),
+    "a bias that is not there": (
+        ConfigError,
+        ["actor.router.bias_update_rate=0.001"],
+        "bias_update_rate: given 0.001, but this model's routers have no selection bias; balance them with",
+    ),
+    "recomputing what is not there": (
+        ConfigError,
+        ["actor.recompute=selective", "actor.recompute_modules=[moe, mlp, mla_up_proj]"],
+        "of which this model has no mlp, mla_up_proj; it has core_attn, moe, layernorm",
+    ),
+    "recomputing nothing": (
+        ConfigError,
+        ["actor.recompute=selective", "actor.recompute_modules=[]"],
+        "actor.recompute_modules: given [], of which this model has no part; it has core_attn, moe",
+    ),
     "no model": (ModelError, ["model.init=nowhere"], "no config.json at nowhere"),
     "no weights": (ModelError, ["model.init=null", "model.path=model"], "model.safetensors.index.json; give"),
     "no tokenizer": (ModelError, ["model.tokenizer=model"], "no tokenizer at model; set model.tokenizer"),
@@ -115,6 +130,14 @@ REFUSED: dict[str, Refused] = {
     ),
     "long answers in evaluation": (LayoutError, ["evaluation.max_new_tokens=60"], "sequences of up to 67"),
 }
+
+
+def test_routers_of_a_dense_model_are_refused(job_folder: Path) -> None:
+    dense = {**MODEL, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    (job_folder / "model" / "config.json").write_text(json.dumps(dense))
+    overrides = ["actor.backend=megatron:d2", "actor.router.z_loss_coeff=0.001"]
+    with pytest.raises(ConfigError, match=r"actor\.router: given for a dense model, which has no routers"):
+        prepared(*overrides)
 
 
 @pytest.mark.parametrize("case", REFUSED)
