@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import (
 
 Precision = Literal["fp32", "bf16"]
 
+_FUSIONS = ("gradient_accumulation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
 _OWN_LOSSES = "Megatron's own count padding and depend on the layout; write actor.router instead"
 _REFUSED = {
     "moe_expert_capacity_factor": "which tokens an expert then drops depends on which share a rank, and so "
@@ -69,17 +70,13 @@ def to_transformer_config(
         "activation_func": F.silu,
         "add_bias_linear": config.linear_bias,
         "add_qkv_bias": config.qkv_bias,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "params_dtype": dtype,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout"), 0.0),
         "bf16": precision == "bf16",
-        "pipeline_dtype": dtype,
+        **dict.fromkeys(("params_dtype", "pipeline_dtype"), dtype),
         # Every weight is read from a checkpoint or drawn by hf.py, the same for every layout.
         "perform_initialization": False,
         "use_cpu_initialization": current_device().kind == "cpu",
-        "gradient_accumulation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
+        **dict.fromkeys(_FUSIONS, False),
         "calculate_per_token_loss": True,
         **_layout_fields(groups.layout.spec),
         **_pipeline_fields(stages),
