@@ -63,7 +63,7 @@ def refuse_windows(hf: Mapping[str, Any], name: str) -> None:
 
 
 def num_prediction_layers(hf: Mapping[str, Any]) -> int:
-    """Multi-token prediction layers, by the old or transformers 5's name of the key; one if it is not said."""
+    """Multi-token prediction layers, by either name of the key; one if it is not said, as in transformers."""
     found = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 1))
     return int(found or 0)
 
