@@ -1,10 +1,13 @@
 """The router: Megatron-Core's choice of experts, with auxiliary losses that no layout or padding changes.
 
-Megatron's own losses cannot be used over packed rows: their gradient is divided by the count of trained
-tokens though it was scaled by the count of all (``router.py`` of 0.16.1, 457-466), on 0.16 it is smaller by
-tp * cp, on 0.19 wrong where padding leaves ranks unlike shares; a row of padding alone divides 0 by 0; a
-padding mask makes the count for the selection bias fail (``_apply_expert_bias``) and is not split on later
-pipeline stages (``gpt_model.py``, ``_preprocess``). ``tests/distributed/test_router_losses.py`` shows each.
+Megatron's own losses cannot be used over packed rows. Their gradient is scaled by the count of all tokens
+and divided by that of trained ones (``router.py`` of 0.16.1, 457-466). Without a padding mask 0.16 makes it
+smaller by tp * cp; with one 0.19 makes it larger by as much, for its sum over ranks changes its own summand
+in place (``moe_utils.py``, ``get_tokens_per_expert_and_token_count``). A row of padding alone divides 0 by 0.
+The count for the selection bias fails beside a mask (``_apply_expert_bias``), and later pipeline stages do
+not split the mask over sequence parallel ranks (``gpt_model.py``, ``_preprocess``). The loss over a step
+takes shares from the microbatches so far, the one over sequences takes a packed row for one.
+``tests/distributed/test_megatron_router_defects.py`` shows the first ones.
 
 With N real tokens in an optimizer step, over all microbatches and ranks, each router adds to the step's loss
 

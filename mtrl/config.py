@@ -166,7 +166,8 @@ class RouterSection(Section):
     The step's loss is the mean over trained tokens plus, for every MoE layer, ``aux_loss_coeff`` * A +
     ``z_loss_coeff`` * Z. Z and A are means over all tokens but padding, trained or not; A over groups of
     tokens weighted by their size, of E * sum over experts of f * P with f the share of the group's choices
-    and P the mean score, 1 where all experts get the same. Metrics report A and Z as means over layers.
+    and P the mean score, 1 where all experts get the same. Metrics report A and Z as means over layers. No
+    token is ever dropped: a capacity of experts would make the result depend on which tokens share a rank.
     """
 
     key: ClassVar[str] = "actor.router"
