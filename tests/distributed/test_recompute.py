@@ -1,7 +1,7 @@
 """Activations computed again in backward change memory, not a bit of losses, gradients or weights.
 
-Equal to rounding only: norms alone, and whole layers of latent attention on Megatron 0.19; most likely autograd
-adds up gradients in another order there.
+Equal to rounding only: norms alone, and whole layers of latent attention on Megatron 0.19. Most likely
+autograd adds up gradients in another order there.
 """
 
 from pathlib import Path
