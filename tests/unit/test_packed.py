@@ -10,7 +10,7 @@ from mtrl.models.backends.torch_native.attention import CoreAttention
 from mtrl.models.backends.torch_native.experts import grouped_linear
 from mtrl.models.backends.torch_native.rotary import PackedRotary
 from mtrl.models.config import RopeConfig
-from mtrl.models.packed import PackedSegments
+from mtrl.models.packed import PackedSegments, zigzag_tokens
 from tests.property import strategies  # noqa: F401  its Hypothesis profile
 
 CPU = torch.device("cpu")
@@ -100,3 +100,49 @@ def test_a_grouped_product_is_that_of_each_expert_whatever_the_sizes(
     assert torch.allclose(found, expected, **tolerance)
     for ours, theirs in zip(grads, torch.autograd.grad(expected, (x, weight), slope), strict=True):
         assert torch.allclose(ours, theirs, **tolerance)
+
+
+@given(st.integers(1, 8), st.integers(1, 5))
+def test_context_parallel_ranks_have_each_token_of_a_row_once_and_two_chunks_each(cp: int, size: int) -> None:
+    total = 2 * cp * size
+    shares = [zigzag_tokens(total, cp, rank).tolist() for rank in range(cp)]
+    assert sorted(token for share in shares for token in share) == list(range(total))
+    assert all(len(share) == total // cp for share in shares)
+    if cp > 1:  # what a causal row of one sample costs: as many (query, key) pairs on every rank
+        assert len({sum(share) for share in shares}) == 1
+
+
+def attend_plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """One segment [L, H, D], every step written out."""
+    length, num_heads = query.shape[:2]
+    key, value = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (key, value))
+    logits = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    logits = logits.masked_fill((distance < 0) | (distance >= (window or length)), -torch.inf)
+    if sinks is not None:
+        logits = torch.cat((logits, sinks[:, None, None].expand(-1, length, 1)), -1)
+    return torch.einsum("hqk,khd->qhd", logits.softmax(-1)[..., :length], value).flatten(1)
+
+
+@settings(max_examples=30)
+@given(lengths_of_segments, st.sampled_from([1, 2, 3, 4]), st.sampled_from([0, 1, 5]), st.booleans())
+def test_every_rank_attends_to_what_its_tokens_see_windows_and_sinks_included(
+    lengths: list[int], cp: int, window: int, has_sinks: bool
+) -> None:
+    lengths = [*lengths, -sum(lengths) % (2 * cp) or 2 * cp]  # padding, as a segment of its own
+    generator = torch.Generator().manual_seed(sum(lengths))
+    query, key, value = (torch.randn(sum(lengths), heads, 8, generator=generator) for heads in (4, 2, 2))
+    sinks = torch.randn(4, generator=generator) if has_sinks else None
+    parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    expected = torch.cat([attend_plainly(q, k, v, window, sinks) for q, k, v in parts])
+    shares = [zigzag_tokens(sum(lengths), cp, rank) for rank in range(cp)]
+    gathered = torch.cat(shares)
+    for rank, share in enumerate(shares):
+        attention = CoreAttention(None, 1, window=window)  # type: ignore[arg-type]
+        attention.softmax_offset = None if sinks is None else torch.nn.Parameter(sinks)
+        packed = PackedSegments.from_lengths(lengths, CPU, cp=cp, cp_rank=rank)
+        # Without a process group the module gathers nothing: it is given what it would have gathered.
+        found = attention(query[share], key[gathered], value[gathered], packed_seq_params=packed)
+        torch.testing.assert_close(found, expected[share], rtol=1e-5, atol=1e-5)
