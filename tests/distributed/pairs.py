@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from mtrl.parallel.spec import ParallelSpec, parse_training_spec
-from tests.distributed.parity import WIDE, Pair
+from tests.distributed.parity import DEEP, WIDE, Pair
 from tests.family_toys import FAMILY_TOYS
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8)
 DENSE = ("llama", "llama tied", "qwen2", "qwen2 tied", "qwen3")
 NUM_LAYERS = 4
-"""Of every family toy."""
+"""Of every toy but the deep one."""
 
 
 def legal_specs(world_sizes: Sequence[int] = WORLD_SIZES) -> Iterator[str]:
@@ -88,7 +88,8 @@ def covering(pool: Sequence[Pair]) -> tuple[Pair, ...]:
 def every_layout(world_sizes: Sequence[int]) -> Iterator[Pair]:
     """The wide toy under every legal layout, every other one with the distributed optimizer."""
     for number, spec in enumerate(legal_specs(world_sizes)):
-        yield Pair(spec=spec, toy=WIDE, zero=number % 2 == 0)
+        is_deep = parse_training_spec(spec).attn.pp > NUM_LAYERS
+        yield Pair(spec=spec, toy=DEEP if is_deep else WIDE, zero=number % 2 == 0)
 
 
 def all_families() -> tuple[Pair, ...]:

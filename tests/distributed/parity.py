@@ -28,10 +28,12 @@ LR, EPS, WEIGHT_DECAY, CLIP = 1e-2, 1e-2, 0.1, 0.5
 """Adam's usual epsilon would make the first updates the sign of the gradient, which rounding can flip."""
 BETAS = (0.9, 0.95)
 
-WIDE = "qwen3 moe wide"
-"""A Qwen3-MoE whose sizes every layout of up to 8 ranks divides."""
+WIDE, DEEP = "qwen3 moe wide", "qwen3 moe wide and deep"
+"""A Qwen3-MoE whose sizes every layout of up to 8 ranks divides; the deep one has a layer for each of 8
+stages.
+"""
 _WIDE_FIELDS: dict[str, object] = {
-    "num_hidden_layers": 8, "num_attention_heads": 24, "num_key_value_heads": 24, "head_dim": 8,
+    "num_attention_heads": 24, "num_key_value_heads": 24, "head_dim": 8,
     "num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 48,
 }  # fmt: skip
 
@@ -90,9 +92,10 @@ class Errors:
 
 
 def build(toy: str) -> Any:
-    """A family toy, or the wide one."""
-    if toy == WIDE:
-        return build_family_toy("qwen3 moe", seed=6, **_WIDE_FIELDS)
+    """A family toy, or a wide one."""
+    if toy in (WIDE, DEEP):
+        num_layers = 8 if toy == DEEP else 4
+        return build_family_toy("qwen3 moe", seed=6, num_hidden_layers=num_layers, **_WIDE_FIELDS)
     return build_family_toy(toy, seed=5)
 
 
