@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import (
     TransformerConfig,
 )
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp64"]
 
 _FUSIONS = ("gradient_accumulation_fusion", "bias_dropout_fusion", "masked_softmax_fusion")
 _OWN_LOSSES = "Megatron's own count padding and depend on the layout; write actor.router instead"
@@ -33,7 +33,12 @@ _REFUSED = {
     "moe_router_bias_update_rate": _OWN_LOSSES,
 }
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    # To tell a wrong sum from a rounded one; Megatron's optimizer keeps its masters in float32.
+    "fp64": torch.float64,
+}
 
 
 def to_transformer_config(
@@ -80,7 +85,7 @@ def to_transformer_config(
         "calculate_per_token_loss": True,
         **_layout_fields(groups.layout.spec),
         **_pipeline_fields(stages),
-        **_moe_fields(config),
+        **_moe_fields(config, precision),
         **_mla_fields(config),
     }
     kind = MLATransformerConfig if config.mla else TransformerConfig
@@ -139,7 +144,7 @@ def _pipeline_fields(stages: Stages) -> dict[str, Any]:
     return fields
 
 
-def _moe_fields(config: ModelConfig) -> dict[str, Any]:
+def _moe_fields(config: ModelConfig, precision: Precision) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
         return {}
@@ -150,7 +155,7 @@ def _moe_fields(config: ModelConfig) -> dict[str, Any]:
         "moe_layer_freq": [int(layer in moe.moe_layers) for layer in range(config.num_layers)],
         # Softmax over the chosen experts is softmax over all, rescaled.
         "moe_router_pre_softmax": not moe.normalize_top_k,
-        "moe_router_dtype": "fp32",
+        "moe_router_dtype": "fp64" if precision == "fp64" else "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_score_function": moe.score,

@@ -19,8 +19,12 @@ from mtrl.packing import PackedMicrobatch, pack, plan_microbatches, take
 from mtrl.parallel.determinism import deterministic_algorithms
 from mtrl.parallel.device import current_device
 
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 
 _ROW_MULTIPLE = 8  # so that rows of many lengths share kernels and allocations
 
@@ -121,8 +125,10 @@ def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, tempe
     """Natural log-probability of each target at a temperature, float32 [T]; carries a gradient.
 
     ``logits_TV`` is this tensor parallel rank's share of the vocabulary, of which the last ``padding``
-    columns are not tokens. Collective over ``attn.tp``.
+    columns are not tokens. Collective over ``attn.tp``. Logits of a float64 model stay float64.
     """
+    if logits_TV.dtype == torch.float64:
+        return _float64_logprobs(logits_TV / temperature, targets_T, padding=padding)
     logits_TV = logits_TV.float()
     if temperature != 1.0:
         logits_TV = logits_TV / temperature
@@ -134,6 +140,19 @@ def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, tempe
     # Megatron's kernel works in place, [sequence, batch, vocabulary].
     nll: Tensor = vocab_parallel_cross_entropy(logits_TV.clone().unsqueeze(1), targets_T.unsqueeze(1))
     return -nll.squeeze(1)
+
+
+def _float64_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int) -> Tensor:
+    """As `target_logprobs`, where Megatron's kernel would round to float32."""
+    share = logits_TV.shape[-1]
+    column_V = torch.arange(share, device=logits_TV.device)
+    logits_TV = logits_TV.masked_fill(column_V >= share - padding, -math.inf)
+    # No maximum is taken out first: float64 has room for the exponentials of a test's logits.
+    total_T = reduce_from_tensor_model_parallel_region(logits_TV.exp().sum(-1))
+    own_TV = targets_T[:, None] == column_V + share * get_tensor_model_parallel_rank()
+    chosen_T: Tensor = reduce_from_tensor_model_parallel_region(logits_TV.masked_fill(~own_TV, 0.0).sum(-1))
+    logprobs_T: Tensor = chosen_T - total_T.log()
+    return logprobs_T
 
 
 class Policy:

@@ -68,7 +68,7 @@ class Trainer:
         config = model.transformer_config
         self.routers = _routers(model, router or RouterSection())
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=config.params_dtype != torch.float64,
             use_distributed_optimizer=settings.distributed,
             overlap_grad_reduce=False,
         )

@@ -111,7 +111,8 @@ class CoreAttention(nn.Module):
         logits = (query @ key.transpose(-1, -2)) * scale
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
         sinks = self.softmax_offset.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1).to(logits.dtype)
-        weights = torch.cat((logits, sinks), dim=-1).softmax(-1, dtype=torch.float32)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        weights = torch.cat((logits, sinks), dim=-1).softmax(-1, dtype=dtype)
         return weights[..., :-1].to(value.dtype) @ value
 
 

@@ -101,11 +101,12 @@ class GroupedExperts(nn.Module):
 def grouped_linear(x_TF: torch.Tensor, weight_EOF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
     """``x @ weight[e].T`` for the tokens of each expert e, which lie together in ``x_TF``.
 
-    torch's grouped product takes only rows that are a multiple of 16 bytes long, and on a GPU only
-    bf16; everything else goes expert by expert.
+    torch's grouped product takes only rows that are a multiple of 16 bytes long, of fp32 or bf16, and on a
+    GPU only of bf16; everything else goes expert by expert.
     """
     row_bytes = [size * x_TF.element_size() for size in weight_EOF.shape[1:]]
-    if any(num_bytes % 16 for num_bytes in row_bytes) or (x_TF.is_cuda and x_TF.dtype != torch.bfloat16):
+    is_typed = x_TF.dtype == torch.bfloat16 or (x_TF.dtype == torch.float32 and not x_TF.is_cuda)
+    if not is_typed or any(num_bytes % 16 for num_bytes in row_bytes):
         parts = x_TF.split(counts_E.tolist())
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weight_EOF, strict=True)])
     ends_E = counts_E.cumsum(0).to(torch.int32)

@@ -66,7 +66,7 @@ class AllHeadsRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise ``x`` [..., H, D]; same shape and dtype. Collective over ``tp_group``."""
-        x_float = x.float()
+        x_float = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = x_float.square().sum((-2, -1), keepdim=True)
         if self.tp_group.size() > 1:
             squares = _SumOverRanks.apply(squares, self.tp_group)  # type: ignore[no-untyped-call]
