@@ -98,6 +98,8 @@ class World:
         if self._nursery is not None and self._nursery.stdin is not None:
             self._nursery.stdin.close()
             self._nursery.wait(timeout=30)
+            if self._nursery.stdout is not None:
+                self._nursery.stdout.close()
         self._nursery = None
 
     def _ask(self, request: dict[str, object]) -> list[str]:
