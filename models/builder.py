@@ -20,12 +20,6 @@ from mtrl.parallel.device import current_device
 from mtrl.parallel.groups import ParallelGroups
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -130,7 +124,6 @@ def _build_chunk(
         vp_stage=chunk if stages.num_chunks > 1 else None,
     )
     _replace_rotary(model, config, groups, on_cpu=megatron.use_cpu_initialization)
-    _mark_sharded_weights(model)
     return model.to(current_device().torch_device)
 
 
@@ -149,18 +142,3 @@ def _replace_rotary(model: nn.Module, config: ModelConfig, groups: ParallelGroup
     for module in model.modules():
         if isinstance(module, MLASelfAttention):
             module.rotary_pos_emb = rotary
-
-
-def _mark_sharded_weights(model: nn.Module) -> None:
-    """Mark weights that tensor parallel ranks hold distinct parts of.
-
-    Megatron-Core 0.16 sets the mark only while initialising the weight (``tensor_parallel/layers.py``),
-    which we leave out; unmarked weights would count once, not once a rank, in the gradient norm. 0.19
-    sets it always, and then there is nothing to do here.
-    """
-    for module in model.modules():
-        dim = 1 if isinstance(module, RowParallelLinear) else 0
-        weight = getattr(module, "weight", None)
-        sharded = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
-        if sharded and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

@@ -136,6 +136,29 @@ def _expert_gradient_norm() -> list[Replacement]:
     ]
 
 
+def _sharded_weights() -> list[Replacement]:
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+
+    def marking(original: Callable[..., None], dim: int) -> Callable[..., None]:
+        @wraps(original)
+        def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            weight = getattr(self, "weight", None)
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                layers.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+        return initialise
+
+    return [
+        Replacement(owner=owner, attribute="__init__", value=marking(owner.__init__, dim))
+        for owner, dim in (
+            (layers.VocabParallelEmbedding, 0),
+            (layers.ColumnParallelLinear, 0),
+            (layers.RowParallelLinear, 1),
+        )
+    ]
+
+
 def _te_general_gemm() -> list[Replacement]:
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if hasattr(moe_utils, "te_general_gemm"):
@@ -210,6 +233,14 @@ MENDS: tuple[Mend, ...] = (
         why="Transformer Engine's experts do not say that etp shards them, so the gradient norm counts the "
         "first etp rank's only",
         replacements=_expert_shards,
+    ),
+    Mend(
+        name="sharded_weights",
+        link=_UNREPORTED,
+        versions="<0.19",
+        why="with perform_initialization=False sharded weights are not marked as such, so the gradient norm "
+        "counts the first tp rank's only (tensor_parallel/layers.py)",
+        replacements=_sharded_weights,
     ),
     Mend(
         name="te_general_gemm",

@@ -26,6 +26,21 @@ def route_in_float32() -> None:
     scores.sum().backward()
 
 
+def build_a_sharded_layer() -> None:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    groups = _make_groups()
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, perform_initialization=False,
+        use_cpu_initialization=True,
+    )  # fmt: skip
+    layer = ColumnParallelLinear(
+        8, 8, config=config, init_method=torch.nn.init.zeros_, tp_group=groups.attn.tp, bias=False
+    )
+    assert layer.weight.tensor_model_parallel
+
+
 def recompute_an_output() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     _make_groups()
@@ -78,6 +93,7 @@ def _make_groups() -> Any:
 
 USES: dict[str, Callable[[], None]] = {
     "te_general_gemm": route_in_float32,
+    "sharded_weights": build_a_sharded_layer,
     "mla_without_transformer_engine": build_latent_attention,
     "recompute_without_transformer_engine": recompute_an_output,
 }
@@ -90,7 +106,7 @@ def use(name: str, mended: bool) -> str:
         megatron_mends.undo(name)
     try:
         USES[name]()
-    except (NameError, TypeError) as error:
+    except (NameError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
