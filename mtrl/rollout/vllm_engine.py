@@ -81,7 +81,7 @@ class VllmEngine:
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             kv_cache_memory_bytes=kv_cache_bytes, enforce_eager=True, async_scheduling=False,
             logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
-            trust_remote_code=False, enable_prefix_caching=True,
+            trust_remote_code=False, enable_prefix_caching=True, hf_overrides=_overrides(model_dir),
         )  # fmt: skip
         if current_device().kind == "cpu":
             # A prompt that is prefilled in parts makes vLLM rewind its request's generator, which torch's
@@ -319,6 +319,20 @@ def _check(model_dir: Path, spec: RolloutSpec) -> None:
         raise ModelError(
             f'{config} names no architecture; write for instance "architectures": ["Qwen3MoeForCausalLM"]'
         )
+
+
+def _overrides(model_dir: Path) -> dict[str, Any]:
+    """What vLLM must be told that ``config.json`` does not say, or says of the files and not of the weights.
+
+    The trainer pushes dequantised weights. transformers 5 writes DeepSeek configs without two keys that vLLM
+    reads, and whose absence it takes for another router (model_executor/models/deepseek_v2.py).
+    """
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {"quantization_config": None} if config.get("quantization_config") else {}
+    if "DeepseekV3ForCausalLM" in config["architectures"]:
+        router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+        found |= {key: value for key, value in router.items() if key not in config}
+    return found
 
 
 def _build(arguments: dict[str, Any]) -> Any:

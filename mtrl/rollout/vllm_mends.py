@@ -22,6 +22,9 @@ from mtrl.rollout.vllm_process import check_version
 _SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/"
 _SHM_FOLDER = Path("/dev/shm")
 
+DERIVED_PARAMETERS = (".W_UV", ".W_UK_T")
+"""Latent attention's absorbed projections: parameters that no weight is loaded into but that are computed."""
+
 COMPILED_FUNCTIONS = (
     ("vllm.v1.sample.ops.logprobs", "batched_count_greater_than"),
     ("vllm.v1.sample.sampler", "batched_count_greater_than"),
@@ -74,8 +77,12 @@ def _mend_cpu_experts() -> None:
     original_apply = CPUUnquantizedExperts.apply
 
     def pack(self: Any, layer: torch.nn.Module) -> None:
-        if hasattr(layer, "w13_bias"):
-            raise RolloutError("experts with biases are not supported on CPU")
+        size = self.moe_config.intermediate_size_per_partition
+        if hasattr(layer, "w13_bias") and self._padded_intermediate_size(self.moe_config) != size:
+            raise RolloutError(
+                f"vLLM pads experts with biases on CPU, of {size} to a multiple of 32, and updates would "
+                "miss the padded copy; use fewer tensor parallel ranks"
+            )
         packed = torch.nn.Module()
         for name in ("w13_weight", "w2_weight"):
             live = getattr(layer, name)
@@ -103,6 +110,21 @@ def _mend_cpu_experts() -> None:
 
     CPUUnquantizedExperts.process_weights_after_loading = pack
     CPUUnquantizedExperts.apply = apply
+
+
+def _rotate_every_head() -> None:
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    original = RotaryEmbedding.forward_cpu
+
+    def forward_cpu(
+        self: Any, positions: Tensor, query: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        flat = [None if x is None else x.reshape(x.shape[0], -1) for x in (query, key)]
+        rotated_query, rotated_key = original(self, positions, *flat)
+        return rotated_query.view(query.shape), None if key is None else rotated_key.view(key.shape)
+
+    RotaryEmbedding.forward_cpu = forward_cpu
 
 
 def _own_shared_memory() -> None:
@@ -172,6 +194,14 @@ MENDS: tuple[Mend, ...] = (
         apply=_mend_cpu_experts,
     ),
     Mend(
+        name="rotate_every_head",
+        link=_SOURCE + "model_executor/layers/rotary_embedding/base.py",
+        versions="0.32",
+        why="the kernel takes a head for the whole row when queries come as [token, head, dim], as latent "
+        "attention's do, and rotates the first head only (silently wrong)",
+        apply=_rotate_every_head,
+    ),
+    Mend(
         name="own_shared_memory",
         link=_SOURCE + "distributed/device_communicators/cpu_communicator.py",
         versions="0.32",
@@ -223,9 +253,15 @@ def share_job_token() -> None:
 
 
 def refresh_derived_weights(model: torch.nn.Module) -> None:
-    """Recompute what the forward pass reads besides the live parameters: the CPU experts' packed copies."""
+    """Recompute what the forward pass reads besides the live parameters: latent attention's absorbed
+    projections, and the CPU experts' packed copies.
+    """
     from vllm.platforms import current_platform
 
+    for layer in model.modules():
+        attention: Any = layer
+        if hasattr(attention, "W_UK_T"):
+            attention.process_weights_after_loading(attention.W_UK_T.dtype)
     if not current_platform.is_cpu():
         return
     for layer in model.modules():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtrl.parallel.errors import WeightError
 from mtrl.rollout.loader_record import EMPTY_RECORD, LoaderRecord, RecordedCopy, record_loader
+from mtrl.rollout.vllm_mends import DERIVED_PARAMETERS
 
 # Names recorded by one run of the loader, which walks the whole model each time; also how many of the
 # trainer's full tensors are alive at once during the first load.
@@ -26,7 +27,9 @@ class WeightLoader:
         self._model = model
         self._dtype = dtype
         self._group = group
-        self._parameters: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
+        self._parameters: dict[str, Tensor] = {
+            name: p.data for name, p in model.named_parameters() if not name.endswith(DERIVED_PARAMETERS)
+        }
         buffers: dict[str, Tensor] = {name: b for name, b in model.named_buffers() if b.is_contiguous()}
         self._destinations: Mapping[str, Tensor] = {**buffers, **self._parameters}
         self._record = EMPTY_RECORD
