@@ -191,6 +191,8 @@ class _Recorder(TorchDispatchMode):
         self.fills: list[RecordedFill] = []
         self._sources = {_storage_key(tensor): name for name, tensor in fakes.items()}
         self._destinations = {_storage_key(tensor): (name, tensor) for name, tensor in destinations.items()}
+        # By storage: a contiguous copy that the loader made of a source's view, and that view.
+        self._clones: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -200,7 +202,20 @@ class _Recorder(TorchDispatchMode):
             if owner is not None:
                 self._write_down(func, owner, args)
                 return args[0]
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.clone and _storage_key(args[0]) in self._sources:
+            self._clones[_storage_key(result)] = (result, args[0])
+        return result
+
+    def _source_view(self, given: Tensor) -> Tensor:
+        """``given``, or the view of a source that it is a contiguous copy of, or a box of such a copy."""
+        clone, view = self._clones.get(_storage_key(given), (None, given))
+        if clone is None:
+            return given
+        box = _region(given, 0).box(tuple(clone.shape)) if clone.is_contiguous() else None
+        if box is None:
+            return given
+        return view[tuple(slice(start, stop) for start, stop in box)].view(given.shape)
 
     def _write_down(self, func: Any, owner: tuple[str, Tensor], args: tuple[Any, ...]) -> None:
         name, tensor = owner
@@ -210,12 +225,13 @@ class _Recorder(TorchDispatchMode):
             return
         packet = func.overloadpacket
         if packet is torch.ops.aten.copy_:
-            source = self._sources.get(_storage_key(args[1]))
+            given = self._source_view(args[1])
+            source = self._sources.get(_storage_key(given))
             if source is None:
                 raise WeightError(
                     f"the loader computes what it writes to {name}; only plain copies can be recorded"
                 )
-            source_region = _region(args[1].expand(target.shape), 0)
+            source_region = _region(given.expand(target.shape), 0)
             self.copies.append(
                 RecordedCopy(
                     source=source, source_region=source_region, destination=name, destination_region=region

@@ -22,7 +22,7 @@ _LATENT = {
 }  # fmt: skip
 _YARN = {
     "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 128,
-    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "beta_fast": 32.0, "beta_slow": 1.0,
 }  # fmt: skip
 TOYS: dict[str, dict[str, Any]] = {
     "llama tied": {},
@@ -31,8 +31,9 @@ TOYS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "olmoe": {},
     "glm4 moe": {},
+    "gpt oss": {"rope_parameters": {**_YARN, "truncate": False}},
     "moonlight": _LATENT,
-    "deepseek v3": {**_LATENT, "rope_parameters": _YARN},
+    "deepseek v3": {**_LATENT, "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
 }
 
 

@@ -29,6 +29,7 @@ def unmended() -> dict[str, Any]:
         "compiled": _compiled(),
         "linear": _linear(),
         "experts": _experts(),
+        "rotated heads": [_num_rotated(is_flat) for is_flat in (False, True)],
         "shared memory": _segment_name(),
         "inspection": _inspection(),
         "binding": _binding(),
@@ -57,6 +58,21 @@ def _linear() -> dict[str, Any]:
     kept.weight.mul_(3)
     stale = torch.equal(before, kept.cpu_linear(x, kept.weight, None))  # type: ignore[operator]
     return {"weight is emptied": emptied.weight.numel() == 0, "copy is stale": stale}
+
+
+def _num_rotated(is_flat: bool) -> int:
+    """How many of four heads are rotated in every token, given as [token, head, dim] or as a row a token."""
+    import torch
+    from vllm import _custom_ops as ops
+
+    num_tokens, heads, dim = 2, 4, 64
+    angles = torch.ones(8, dim // 2)
+    cache = torch.cat((angles.cos(), angles.sin()), -1)
+    query = torch.ones(num_tokens, heads, dim)
+    given = query.flatten(1) if is_flat else query
+    ops.rotary_embedding(torch.arange(num_tokens), given, None, dim, cache, True)
+    changed = given.view(num_tokens, heads, dim) != 1.0
+    return int(changed.any(-1).all(0).sum())
 
 
 def _experts() -> dict[str, Any]:
@@ -171,6 +187,11 @@ def test_run_uncompiled_is_needed(findings: dict[str, Any]) -> None:
 
 def test_keep_linear_weights_live_is_needed(findings: dict[str, Any]) -> None:
     assert findings["linear"] == {"weight is emptied": True, "copy is stale": True}
+
+
+def test_rotate_every_head_is_needed(findings: dict[str, Any]) -> None:
+    in_heads, in_rows = findings["rotated heads"]
+    assert in_heads < in_rows == 4
 
 
 def test_mend_cpu_experts_is_needed(findings: dict[str, Any]) -> None:
