@@ -39,12 +39,14 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     Megatron's own fields describe one sequence of all T tokens, of which it gives context parallel ranks the
     zigzag chunks described above: the boundaries matter to attention and to rotary positions only, and both
     take them from here. ``positions_T`` is of the whole row and restarts at 0 in each segment. ``scatter_T``
-    says, for each of this rank's tokens, its row among all buckets' rows laid end to end.
+    says, for each of this rank's tokens, its row among all buckets' rows laid end to end. ``is_dense``: the
+    one bucket's rows are the tokens in order, so that nothing needs to be gathered or scattered.
     """
 
     positions_T: torch.Tensor | None = None
     buckets: tuple[SegmentBucket, ...] = ()
     scatter_T: torch.Tensor | None = None
+    is_dense: bool = False
 
     @classmethod
     def from_lengths(
@@ -57,6 +59,7 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
         positions = torch.arange(total) - torch.repeat_interleave(starts_S, lengths_S)
         buckets, scatter = _bucket(lengths_S, starts_S, total, cp, cp_rank)
         cu_seqlens = torch.tensor([0, total], dtype=torch.int32, device=device)
+        is_dense = cp == 1 and len(set(lengths)) == 1
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -66,6 +69,7 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
             positions_T=positions.to(device),
             buckets=tuple(_on_device(bucket, device) for bucket in buckets),
             scatter_T=scatter.to(device),
+            is_dense=is_dense,
         )
 
 

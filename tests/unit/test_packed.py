@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtrl.models.backends.torch_native.attention import CoreAttention
@@ -44,6 +44,7 @@ def test_a_row_of_a_bucket_holds_one_segment_and_at_most_as_much_padding_as_toke
 
 
 @settings(max_examples=30)
+@example([7, 7, 7], (4, 2), False)  # alike in length: nothing is gathered
 @given(lengths_of_segments, st.sampled_from([(4, 4), (4, 2), (4, 1)]), st.booleans())
 def test_packed_attention_is_that_of_each_segment_alone(
     lengths: list[int], heads: tuple[int, int], scaled: bool

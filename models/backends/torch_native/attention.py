@@ -62,11 +62,15 @@ class CoreAttention(nn.Module):
         outputs = []
         for bucket in packed_seq_params.buckets:
             batch = [
-                x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2)
+                (x if packed_seq_params.is_dense else x.index_select(0, index.flatten()))
+                .view(*index.shape, *x.shape[1:])
+                .transpose(1, 2)
                 for x, index in ((query, bucket.query_SL), (key, bucket.key_SK), (value, bucket.key_SK))
             ]
             attended = self._attend(batch[0], batch[1], batch[2], self._mask(bucket))
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        if packed_seq_params.is_dense:
+            return outputs[0].flatten(1)
         rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return rows.index_select(0, packed_seq_params.scatter_T).flatten(1)
 
