@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def measure(seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {},
         "runs": [],
         "control": None,
     }
@@ -56,6 +55,7 @@ def measure(seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
         clone = Path(empty) / "mtrl"
         _output("git", "clone", "--quiet", str(ROOT), str(clone))
         _run(clone, ["make", "quickstart"], "runs/quickstart", numbers["runs"], seed=seeds[0])
+        numbers["versions"] = _versions(clone / ".venv/bin/python")
         yield numbers
         for seed in seeds[1:]:
             command = ["scripts/quickstart.sh", f"seed={seed}", f"output_dir=runs/seed{seed}"]
@@ -132,6 +132,7 @@ def page(numbers: Mapping[str, Any]) -> str:
         values = [run[key] / 1e9 if key == "peak_memory_bytes" else run[key] for run in runs]
         lines.append(f"| {title} | {' | '.join(form.format(value) for value in values)} |")
     versions = ", ".join(f"{name} {found}" for name, found in numbers["versions"].items())
+    versions = versions or "the versions of `requirements/`"
     lines += ["", f"{numbers['machine']}; Python {numbers['python']}; {versions}.", ""]
     return "\n".join(lines)
 
@@ -156,11 +157,13 @@ def _output(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _versions(python: Path) -> dict[str, str]:
+    """What the environment that was measured holds of ``PACKAGES``."""
+    code = "import importlib.metadata as m, json, sys\n"
+    code += "names = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
+    code += "print(json.dumps({n: names[n] for n in sys.argv[1:] if n in names}))"
+    found: dict[str, str] = json.loads(_output(str(python), "-c", code, *PACKAGES))
+    return found
 
 
 if __name__ == "__main__":
