@@ -87,6 +87,21 @@ def _accuracy(toy: Path, step: int) -> float:
 
 
 @pytest.mark.vllm
+def test_context_parallel_ranks_train_the_policy_that_data_parallel_ranks_do(
+    world: World, toy: Path, base: list[dict[str, Any]]
+) -> None:
+    folder = run(
+        world, toy, "context", "actor.backend=megatron:(attn:c2|ffn:e2)", "algorithm.minibatches_per_step=2",
+        "algorithm.kl_coef=0.1", "algorithm.total_steps=2",
+    )  # fmt: skip
+    steps = lines(folder / "metrics.jsonl")
+    for own, other in zip(steps[:NUM_SFT], base, strict=False):
+        assert own["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    for each in steps[NUM_SFT:]:
+        assert each["k3_kl"] <= 1e-6 and each["ref_kl"] > 0
+
+
+@pytest.mark.vllm
 def test_bf16_goes_on_from_a_checkpoint_and_stays_near_its_sampler(
     world: World, toy: Path, checkpoint: Path
 ) -> None:
