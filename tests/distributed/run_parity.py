@@ -71,12 +71,12 @@ def measure_all(world_sizes: Sequence[int]) -> int:
             elapsed = time.monotonic() - start
             left = elapsed / done * (len(pairs) - done)
             print(f"{done}/{len(pairs)}  {pair}  {_verdict(rows[-1])}  {left / 60:.0f} min left", flush=True)
+            if done % PAIRS_PER_WORLD == 0 or done == len(pairs):  # an interrupted run leaves what it had
+                numbers = _about(world_sizes, elapsed) | {"num_planned": len(pairs), "pairs": rows}
+                numbers["floors"] = [_row(floors[toy], floor_errors[toy], {}) for toy in sorted(floors)]
+                target = PAGE.with_name(f"parity_megatron_{version('megatron-core')}.json")
+                target.write_text(json.dumps(numbers, indent=0) + "\n")
         world.close()
-    numbers = _about(world_sizes, time.monotonic() - start)
-    numbers["floors"] = [_row(floors[toy], floor_errors[toy], {}) for toy in sorted(floors)]
-    numbers["pairs"] = rows
-    target = PAGE.with_name(f"parity_megatron_{version('megatron-core')}.json")
-    target.write_text(json.dumps(numbers, indent=0) + "\n")
     return sum(_verdict(row) == "BEYOND" or _verdict(row) == "FAILED" for row in rows)
 
 
@@ -154,6 +154,8 @@ def _section(numbers: dict[str, Any], file: str) -> Iterator[str]:
     largest = ", ".join(
         f"{name.replace('_', ' ')} {max(row.get(name, 0.0) for row in rows):.1e}" for name in BOUNDS
     )
+    if (planned := numbers.get("num_planned", len(rows))) != len(rows):
+        yield f"Interrupted: {len(rows)} of {planned} pairs.\n"
     yield f"{len(rows)} pairs: {counts}. Largest of all: {largest}.\n"
     yield "| layout | family | loss | gradient norm | gradient | weights | |"
     yield "|---|---|---|---|---|---|---|"
