@@ -92,12 +92,6 @@ def hf_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return hf_names(model, model.state_dict())
 
 
-def hf_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The gradients of ``hf_tensors``."""
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return hf_names(model, {name: grad for name, grad in grads.items() if grad is not None})
-
-
 def hf_names(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names of ``state_dict`` as a published checkpoint names and shapes them."""
     found: dict[str, Tensor] = {}

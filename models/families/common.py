@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mtrl.models.config import require
+from mtrl.models.config import MoeConfig, require
 from mtrl.parallel.errors import ModelError
 
 Fields = dict[str, Any]
@@ -66,6 +66,20 @@ def num_prediction_layers(hf: Mapping[str, Any]) -> int:
     """Multi-token prediction layers, by either name of the key; one if it is not said, as in transformers."""
     found = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 1))
     return int(found or 0)
+
+
+def sparse_moe(hf: Mapping[str, Any], **more: Any) -> MoeConfig:
+    """Qwen's mixture: a layer is one every ``decoder_sparse_step`` layers, unless listed as dense."""
+    step, dense = int(hf.get("decoder_sparse_step", 1)), set(hf.get("mlp_only_layers") or ())
+    layers = range(int(require(hf, "num_hidden_layers")))
+    return MoeConfig(
+        num_experts=num_experts(hf),
+        top_k=int(require(hf, "num_experts_per_tok")),
+        expert_hidden_size=int(require(hf, "moe_intermediate_size")),
+        normalize_top_k=bool(hf.get("norm_topk_prob", False)),
+        moe_layers=tuple(n for n in layers if n not in dense and (n + 1) % step == 0),
+        **more,
+    )
 
 
 def num_experts(hf: Mapping[str, Any]) -> int:

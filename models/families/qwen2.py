@@ -9,7 +9,7 @@ from typing import Any
 
 from mtrl.models.config import ModelConfig, MoeConfig, read_rope, require
 from mtrl.models.families import Family, Weight, register_family
-from mtrl.models.families.common import decoder_fields, num_experts, refuse, refuse_windows
+from mtrl.models.families.common import decoder_fields, refuse, refuse_windows, sparse_moe
 from mtrl.models.families.tables import attention_rows, fused_experts, mlp_rows, model_rows, moe_rows
 
 
@@ -31,19 +31,9 @@ def read_dense(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_moe(hf: Mapping[str, Any]) -> ModelConfig:
-    """``Qwen2MoeForCausalLM``'s config; a layer is a mixture every ``decoder_sparse_step`` layers."""
-    step, dense = int(hf.get("decoder_sparse_step", 1)), set(hf.get("mlp_only_layers") or ())
-    layers = range(int(require(hf, "num_hidden_layers")))
-    moe = MoeConfig(
-        num_experts=num_experts(hf),
-        top_k=int(require(hf, "num_experts_per_tok")),
-        expert_hidden_size=int(require(hf, "moe_intermediate_size")),
-        normalize_top_k=bool(hf.get("norm_topk_prob", False)),
-        moe_layers=tuple(n for n in layers if n not in dense and (n + 1) % step == 0),
-        shared_hidden_size=int(require(hf, "shared_expert_intermediate_size")),
-        shared_gate=True,
-    )
-    return _read(hf, "qwen2_moe", moe)
+    """``Qwen2MoeForCausalLM``'s config."""
+    size = int(require(hf, "shared_expert_intermediate_size"))
+    return _read(hf, "qwen2_moe", sparse_moe(hf, shared_hidden_size=size, shared_gate=True))
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:

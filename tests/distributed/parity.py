@@ -143,7 +143,7 @@ def _mean_nll(model: Any, step: int) -> Tensor:
 def run_pairs(folder: str, pairs: list[list[Any]]) -> list[dict[str, Any]]:
     """On a rank: what it finds of each pair, in order. Collective over WORLD."""
     from mtrl.parallel import groups as parallel_groups
-    from mtrl.parallel.errors import MtrlError
+    from mtrl.parallel.errors import LayoutError
     from mtrl.parallel.layout import RankLayout
     from mtrl.parallel.spec import parse_training_spec
 
@@ -163,7 +163,7 @@ def run_pairs(folder: str, pairs: list[list[Any]]) -> list[dict[str, Any]]:
         parallel_groups.seed_everything(1, groups)
         try:
             found.append(_train(groups, pair, Path(folder) / toy))
-        except MtrlError as error:
+        except LayoutError as error:
             found.append({"refused": f"{type(error).__name__}: {error}"})
     return found
 
@@ -228,7 +228,8 @@ def errors_of(ranks: Sequence[dict[str, Any]], folder: Path) -> Errors:
 
     def number(name: str) -> float:
         pairs = [pair for rank in ranks for pair in zip(rank[name], numbers[name], strict=True)]
-        return max(abs(found - expected) / abs(expected) for found, expected in pairs)
+        errors = [abs(found - expected) / abs(expected) for found, expected in pairs]
+        return math.nan if any(map(math.isnan, errors)) else max(errors)
 
     def relative(kind: str, norms: dict[str, float]) -> tuple[float, str]:
         boxes: dict[str, dict[str, float]] = {}

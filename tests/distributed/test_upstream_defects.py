@@ -109,3 +109,50 @@ def test_interleaved_stages_cross_their_messages_over_gloo(world: World, tmp_pat
         for overrides in ({}, {"overlap_p2p_comm": False, "batch_p2p_comm": True})
     )
     assert stock != pytest.approx(right, rel=1e-3), "batched messages arrive in order now"
+
+
+def refusals() -> dict[str, str]:
+    """On a rank: what Megatron says of two models that it builds once it is not asked."""
+    from mtrl.parallel.megatron_ready import MEGATRON_0_19
+
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    said = {"latent": ""}
+    try:
+        TransformerConfig(
+            **sizes, num_moe_experts=2, add_bias_linear=True, expert_tensor_parallel_size=2,
+            expert_model_parallel_size=1,
+        )  # fmt: skip
+        said["biases"] = ""
+    except (AssertionError, ValueError) as error:
+        said["biases"] = str(error)
+    if MEGATRON_0_19:
+        from megatron.core.tensor_parallel import ColumnParallelLinear as Linear
+        from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+        from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+
+        config = MLATransformerConfig(
+            **sizes, q_lora_rank=None, qk_layernorm=True, normalization="RMSNorm", transformer_impl="local"
+        )
+        spec = MLASelfAttentionSubmodules(
+            linear_q_proj=Linear,
+            linear_kv_up_proj=Linear,
+            linear_proj=Linear,
+            q_layernorm=None,
+            kv_layernorm=torch.nn.LayerNorm,
+        )
+        try:
+            QKNormConfigResolver(config, spec).resolve()
+        except (RuntimeError, ValueError) as error:
+            said["latent"] = str(error)
+    return said
+
+
+def test_what_is_built_past_megatrons_refusals_is_still_refused(world: World) -> None:
+    # Avoided by `megatron_config` (biases) and by `LatentAttention._resolve_qk_norm_config` (0.19).
+    from mtrl.parallel.megatron_ready import MEGATRON_0_19
+
+    (said,) = world.run(refusals, size=1)
+    assert "ETP" in said["biases"] or "expert_tensor" in said["biases"], "expert biases are allowed now"
+    assert bool(said["latent"]) == MEGATRON_0_19, "0.19 builds queries without a rank now"
