@@ -1,13 +1,12 @@
 """What a Hugging Face folder of weights holds, from the headers of its files. Pure: reads no weights."""
 
-import json
 import math
-import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtrl.models.config import ModelConfig, read_hf_config
+from mtrl.models.safetensors_header import MAX_HEADER_BYTES, Header, parse_object, read_headers
 from mtrl.parallel.errors import ModelError, WeightError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -18,14 +17,6 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 FP8_DTYPE = "F8_E4M3"
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """Shape and dtype (safetensors' name of it) of a tensor in a file."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +39,16 @@ class Blocks:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder's model, as its index names them.
 
+    Each may be a symlink, as it is in Hugging Face's cache. Their headers were read and agree with the index.
+
     Raises:
-        ModelError: there are none, or the index names a file that is missing.
+        ModelError: there are none, one is missing or no whole safetensors file, or the index disagrees.
     """
+    return list(_read_folder(folder))
+
+
+def _read_folder(folder: Path) -> dict[Path, dict[str, Header]]:
+    """The files of `weight_files`, and what each holds."""
     index = folder / INDEX_NAME
     if not index.is_file():
         if not (folder / SINGLE_NAME).is_file():
@@ -58,48 +56,68 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; give a folder with weights, or "
                 "start from random ones with model.init in place of model.path"
             )
-        return [folder / SINGLE_NAME]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index} cannot be read ({error!r}); download the folder again") from error
+        return {folder / SINGLE_NAME: read_headers(folder / SINGLE_NAME)}
+    file_of = _read_index(index)
+    names = sorted(set(file_of.values()))
     for name in names:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: {INDEX_NAME} names {name}, which is missing; download it again")
-    return [folder / name for name in names]
+    headers = {name: read_headers(folder / name) for name in names}
+    _check_index(folder, file_of, headers)
+    return {folder / name: headers[name] for name in names}
 
 
-def read_headers(file: Path) -> dict[str, Header]:
-    """Every tensor of a safetensors file. ModelError if it is not one, or was cut short."""
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, by name."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        num_bytes = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        headers = {
-            name: Header(shape=tuple(entry["shape"]), dtype=entry["dtype"]) for name, entry in entries.items()
-        }
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is no safetensors file ({error!r}); download it again") from error
-    if file.stat().st_size != num_bytes:
-        raise ModelError(
-            f"{file} has {file.stat().st_size} bytes and its header says {num_bytes}; download it again"
-        )
-    return headers
+        if index.stat().st_size > MAX_HEADER_BYTES:
+            raise ValueError(f"it has {index.stat().st_size} bytes, more than {MAX_HEADER_BYTES}")
+        file_of = parse_object(index.read_bytes()).get("weight_map")
+        if not isinstance(file_of, dict) or not file_of:
+            raise ValueError("weight_map is no object that names files")
+        for file in file_of.values():
+            if not _is_plain_name(file):
+                raise ValueError(f"{file!r:.100} is not the name of a safetensors file in the folder")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be used: {error}; download the folder again") from error
+    return file_of
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether a file of that name can only lie in the folder itself."""
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and name.isprintable()
+        and not any(separator in name for separator in "/\\")
+    )
+
+
+def _check_index(
+    folder: Path, file_of: Mapping[str, str], headers: Mapping[str, Mapping[str, Header]]
+) -> None:
+    found: dict[str, str] = {}
+    for file, tensors in headers.items():
+        for name in tensors:
+            if name in found:
+                raise ModelError(
+                    f"{folder}: both {found[name]} and {file} hold {name}; download the folder again"
+                )
+            found[name] = file
+    for name, file in file_of.items():
+        if name not in headers[file]:
+            raise ModelError(
+                f"{folder}: {file} lacks {name!r:.100}, which {INDEX_NAME} says it holds; download it again"
+            )
 
 
 def folder_shapes(folder: Path) -> Shapes:
     """Name and shape of every weight in the folder; scales of quantised ones are left out.
 
     Raises:
-        ModelError: as `weight_files` and `read_headers` do, and for weights in a format that is not read.
+        ModelError: as `weight_files` does, and for weights in a format that is not read.
     """
-    headers: dict[str, Header] = {}
-    for file in weight_files(folder):
-        headers |= read_headers(file)
+    headers = {name: each for held in _read_folder(folder).values() for name, each in held.items()}
     blocks = quantized_blocks(folder)
     unread = [
         f"{name} ({each.dtype})" for name, each in headers.items() if not _is_read(name, headers, blocks)
@@ -136,16 +154,27 @@ def _advice(folder: Path) -> str:
 def _quantization(folder: Path) -> dict[str, object]:
     if not (folder / "config.json").is_file():
         return {}
-    return dict(read_hf_config(folder).get("quantization_config") or {})
+    found = read_hf_config(folder).get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{folder}: quantization_config in config.json is {found!r:.100}, and must be an object"
+        )
+    return found
 
 
 def quantized_blocks(folder: Path) -> Blocks | None:
     """The blocks of a folder's fp8 weights; None if its config names none."""
     found = _quantization(folder)
     size = found.get("weight_block_size")
-    if found.get("quant_method") != "fp8" or not isinstance(size, list) or len(size) != 2:
+    if found.get("quant_method") != "fp8" or size is None:
         return None
-    return Blocks(rows=int(size[0]), columns=int(size[1]))
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or any(type(each) is not int or each < 1 for each in size)
+    ):
+        raise ModelError(f"{folder}: weight_block_size in config.json is {size!r:.100}; two sizes are needed")
+    return Blocks(rows=size[0], columns=size[1])
 
 
 def without_scales(names: Collection[str]) -> list[str]:
