@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mtrl.models.boxes import Box, Piece
 from mtrl.models.builder import Model
+from mtrl.models.files import TensorKind
 from mtrl.models.pieces import Tensors, read_stored
 from mtrl.models.transfers import Boxes, Transfer, plan_transfers
 from mtrl.models.weight_map import WeightMap, owned_boxes
@@ -59,15 +60,18 @@ class TensorGather:
     _own: Mapping[str, tuple[Piece, ...]] = field(init=False, repr=False)
     _kept: Mapping[str, torch.dtype] = field(init=False, repr=False)
     _shapes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
+    _own_wanted: frozenset[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         weight_map, rank = self.model.weight_map, self.model.groups.rank
         self._shapes = shapes = weight_map.hf_shapes()
+        self._own_wanted = frozenset(self.wanted[rank])
         have = held_boxes(weight_map)
         need: list[Boxes] = [{name: (Box.full(shapes[name]),) for name in names} for names in self.wanted]
-        names = [name for name in shapes if any(name in wanted for wanted in need)]
-        plan = plan_transfers(names, have, need)
         self._kept = {name: DTYPES[kept] for name, kept in weight_map.hf_dtypes().items()}
+        names = _in_turn(self.wanted, shapes)
+        names.sort(key=lambda name: name not in self._kept)  # the wider ones first: files stay aligned
+        plan = plan_transfers(names, have, need)
         by_dtype = itertools.groupby(names, key=self._kept.get)
         self._rounds = tuple(
             each
@@ -78,6 +82,15 @@ class TensorGather:
         for piece in weight_map.of_rank(rank).pieces:
             own.setdefault(piece.hf.name, []).extend(piece.simple())
         self._own = {name: tuple(pieces) for name, pieces in own.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The names this rank wants, in the order in which `run` yields them."""
+        return [name for step in self._rounds for name in step.names if name in self._own_wanted]
+
+    def kind(self, name: str, dtype: torch.dtype) -> TensorKind:
+        """Dtype and shape of a tensor that `run` yields for ``dtype``."""
+        return self._kept.get(name, dtype), self._shapes[name]
 
     def run(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for the names this rank wants, cast to ``dtype`` before they travel.
@@ -105,7 +118,7 @@ class TensorGather:
         full = {
             name: torch.empty(self._shapes[name], dtype=dtype, device=received.device)
             for name in step.names
-            if name in self.wanted[rank]
+            if name in self._own_wanted
         }
         offset = 0
         for source, transfers in enumerate(step.receives):
@@ -136,6 +149,17 @@ class TensorGather:
 def held_boxes(weight_map: WeightMap) -> list[Boxes]:
     """Per rank of the layout, the boxes it holds of each Hugging Face tensor."""
     return [owned_boxes(weight_map.of_rank(rank).pieces) for rank in range(weight_map.layout.world_size)]
+
+
+def _in_turn(wanted: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """All wanted names, so ordered that ranks that want different ones receive, and write, side by side."""
+    position: dict[str, int] = {}
+    for names in wanted:
+        offset = 0
+        for name in names:
+            position.setdefault(name, offset)
+            offset += torch.Size(shapes[name]).numel()
+    return sorted(position, key=position.__getitem__)
 
 
 def _rounds(

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from mtrl.models.builder import Model
-from mtrl.models.gather import DTYPES, TensorGather
+from mtrl.models.files import FileSink, FolderWriter
+from mtrl.models.gather import DEFAULT_BUCKET_BYTES, DTYPES, TensorGather
 from mtrl.models.hf_folder import INDEX_NAME, SINGLE_NAME, carried_names, check_names, folder_shapes
 from mtrl.models.pieces import check_coverage, fill_padding, write_stored
 from mtrl.models.quantized import open_folder
 from mtrl.models.sources import RandomSource, TensorSource
+from mtrl.parallel.agreement import agree
 
-DEFAULT_SHARD_BYTES = 4 * 2**30
+SMALLEST_SHARD_BYTES = 16 * 2**20
+LARGEST_SHARD_BYTES = 4 * 2**30
 
 
 def load_weights(model: Model, source: TensorSource) -> None:
@@ -67,41 +69,77 @@ def initialize(model: Model, seed: int) -> None:
 
 
 def export_hf(
-    model: Model, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES
+    model: Model, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int | None = None
 ) -> None:
-    """Write the model as a Hugging Face folder: safetensors shards, index and ``config.json``.
+    """Write the model as a Hugging Face folder: see `write_hf`. Collective over WORLD.
 
-    Collective over WORLD. Every tensor is written once; ranks write different shards, and no rank
-    holds more than its parameters and one shard. ``dtype`` defaults to the parameters' own; tensors that the
-    weight table fixes to one keep it, and carried tensors are written as they were read, in shards of their
-    own. Nothing is quantised. The tokenizer's files are the caller's to copy.
+    The tokenizer's files are the caller's to copy.
+
+    Raises:
+        CheckpointError: on all ranks, if any could not write, or ``folder`` already has such files.
+    """
+    out = FolderWriter(folder)
+    write_hf(model, out, dtype=dtype, shard_bytes=shard_bytes)
+    agree(out.error)
+
+
+def write_hf(
+    model: Model,
+    out: FileSink,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> None:
+    """Give ``out`` this rank's files of a Hugging Face folder: safetensors shards, index and ``config.json``.
+
+    Collective over WORLD. Every tensor is written once; ranks write different shards side by side, and none
+    holds more than its parameters and ``bucket_bytes`` or one tensor. ``dtype`` defaults to the parameters'
+    own; tensors that the weight table fixes to one keep it, and carried tensors are written as they were
+    read, in shards of their own. Nothing is quantised. ``shard_bytes`` defaults to an equal share for each
+    rank, within `SMALLEST_SHARD_BYTES` and `LARGEST_SHARD_BYTES`.
     """
     rank, world_size = model.groups.rank, model.groups.layout.world_size
     dtype = dtype or next(iter(model.parameters().values())).dtype
-    shards = list(shard_names(_sizes(model, dtype), shard_bytes))
-    carried = [
-        (owner, names)
-        for owner, held in enumerate(model.carried.held)
-        for names in shard_names({n: 4 * _numel(model.carried.shapes[n]) for n in held}, shard_bytes)
-    ]
+    sizes = _sizes(model, dtype)
+    shards = list(shard_names(sizes, shard_bytes or _share(sum(sizes.values()), world_size)))
+    carried = list(_carried_shards(model, shard_bytes or LARGEST_SHARD_BYTES))
     files = _file_names(len(shards) + len(carried))
-    folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(shards), world_size):
         wave = shards[start : start + world_size]
         wanted = [*wave, *([] for _ in range(world_size - len(wave)))]
-        tensors = {name: tensor.cpu() for name, tensor in TensorGather(model, wanted).run(dtype)}
-        if tensors:
-            save_file(tensors, folder / files[start + rank], metadata={"format": "pt"})
+        gather = TensorGather(model, wanted, bucket_bytes=bucket_bytes)
+        if rank < len(wave):
+            kinds = {name: gather.kind(name, dtype) for name in gather.names}
+            with out.tensors(files[start + rank], kinds) as put:
+                for name, tensor in gather.run(dtype):
+                    put(name, tensor)
+        else:
+            assert not list(gather.run(dtype)), "a rank without a file wants no tensors"
     for file, (owner, names) in zip(files[len(shards) :], carried, strict=True):
         if owner == rank:
             tensors = {name: model.carried.tensors[name] for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    num_bytes = sum(_sizes(model, dtype).values()) + _carried_bytes(model)
+            with out.tensors(file, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}) as put:
+                for name, tensor in tensors.items():
+                    put(name, tensor)
+    num_bytes = sum(sizes.values()) + _carried_bytes(model)
     if rank == 0:
-        _write_index(folder, files, [*shards, *(names for _, names in carried)], num_bytes)
-        _write_config(folder, model, dtype)
-    if dist.is_initialized():
-        dist.barrier()
+        out.write("config.json", _json(_exported_config(model, dtype)))
+        if len(files) > 1:
+            all_shards = [*shards, *(names for _, names in carried)]
+            out.write(INDEX_NAME, _json(_index(files, all_shards, num_bytes)))
+
+
+def _carried_shards(model: Model, shard_bytes: int) -> Iterator[tuple[int, list[str]]]:
+    """Names of the carried tensors of each further file, with the rank that holds them."""
+    for owner, held in enumerate(model.carried.held):
+        sizes = {name: 4 * _numel(model.carried.shapes[name]) for name in held}
+        for names in shard_names(sizes, shard_bytes):
+            yield owner, names
+
+
+def _share(num_bytes: int, world_size: int) -> int:
+    return min(max(-(-num_bytes // world_size), SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -134,19 +172,20 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_index(folder: Path, files: Sequence[str], shards: Sequence[Sequence[str]], num_bytes: int) -> None:
-    if len(files) == 1:
-        return
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_config(folder: Path, model: Model, dtype: torch.dtype) -> None:
+def _exported_config(model: Model, dtype: torch.dtype) -> dict[str, object]:
     config = {**model.config.hf_config, "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)  # the older name, which older readers would believe
     config.pop("quantization_config", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def _index(files: Sequence[str], shards: Sequence[Sequence[str]], num_bytes: int) -> dict[str, object]:
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    return {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def shard_names(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:

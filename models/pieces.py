@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from mtrl.models.boxes import Box, Padding, Piece, View
+from mtrl.models.flat_ranges import RangePiece
 from mtrl.models.weight_map import RankWeights
 from mtrl.parallel.errors import WeightError
 
@@ -75,3 +76,10 @@ def check_coverage(tensors: Tensors, weights: RankWeights) -> None:
         overlap = any(a.intersect(b) for i, a in enumerate(boxes) for b in boxes[:i])
         if overlap or num_elements != tensors[key].numel():
             raise WeightError(f"{key[1]}: pieces cover {num_elements} of {tensors[key].numel()} elements")
+
+
+def range_region(shard: torch.Tensor, part: RangePiece) -> torch.Tensor:
+    """``part`` in the 1-d shard of its range, in the checkpoint's factors; shares its memory."""
+    run = shard.detach()[part.offset : part.offset + part.run.num_elements].view(part.run.shape)
+    region = run.permute(part.piece.local.order)[part.local_box.slices]
+    return _to_stored_dims(region, part.piece.hf)

@@ -11,24 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.batch import Completion, FinishReason
+from mtrl.parallel.agreement import all_gather_ragged
 from mtrl.parallel.device import current_device
 
 _REASONS: tuple[FinishReason, ...] = ("stop", "length")
 _HEADER = 6  # prompt_id, sample_index, policy_version, reason, num tokens, num text bytes
-
-
-def all_gather_ragged(values: Tensor) -> list[Tensor]:
-    """Every rank's 1-d tensor, in rank order; lengths may differ. Collective over WORLD."""
-    device = current_device().torch_device
-    length = torch.tensor([values.numel()], dtype=torch.int64, device=device)
-    lengths = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(lengths, length)
-    padded = torch.zeros(max(1, int(lengths.max())), dtype=values.dtype, device=device)
-    padded[: values.numel()] = values.to(device)
-    gathered = torch.empty(len(lengths) * padded.numel(), dtype=values.dtype, device=device)
-    dist.all_gather_into_tensor(gathered, padded)
-    gathered = gathered.view(len(lengths), -1)
-    return [row[:size].cpu() for row, size in zip(gathered, lengths.tolist(), strict=True)]
 
 
 def all_gather_completions(own: Sequence[Completion]) -> list[Completion]:

@@ -12,6 +12,7 @@
     ├── WeightError          (KeyError)            a weight name or shape unmatched, unused or doubled
     ├── MissingPackageError  (ImportError)         an optional package; carries its install line
     ├── OutputExistsError    (FileExistsError)     an output folder holds something already
+    ├── CheckpointError      (OSError)             a checkpoint could not be written, or is damaged
     ├── RolloutError         (RuntimeError)        the engine refused or failed
     ├── MismatchError        (RuntimeError)        sampler and trainer disagree beyond the configured bound
     └── NonFiniteError       (ArithmeticError)     a NaN or infinity was stopped before it reached the weights
@@ -77,6 +78,10 @@ class MissingPackageError(MtrlError, ImportError):
 
 class OutputExistsError(MtrlError, FileExistsError):
     """The output folder already holds something and nobody allowed replacing it."""
+
+
+class CheckpointError(MtrlError, OSError):
+    """A checkpoint could not be written, is incomplete or damaged, or does not fit the run."""
 
 
 class RolloutError(MtrlError, RuntimeError):
