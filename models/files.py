@@ -237,4 +237,5 @@ def _header(tensors: Mapping[str, TensorKind]) -> bytes:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data) if flat.numel() else memoryview(b"")

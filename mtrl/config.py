@@ -8,22 +8,19 @@ between keys. Paths are relative to the folder the command was started in.
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from omegaconf import OmegaConf
 
+from mtrl.config_engines import ActorSection, ModelSection, RefSection, RolloutSection
 from mtrl.config_types import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Range,
     Section,
 )
-
-Decay = Literal["constant", "cosine", "linear"]
-RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts", "mla_up_proj", "layernorm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,176 +95,6 @@ class AlgorithmSection(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSection(Section):
-    """The model to start from: exactly one of ``path`` and ``init``."""
-
-    key: ClassVar[str] = "model"
-
-    path: str | None = None
-    """Hugging Face folder with weights."""
-
-    init: str | None = None
-    """Hugging Face ``config.json``, or a folder with one, to start from weights drawn with ``seed``."""
-
-    tokenizer: str | None = None
-    """Folder of the tokenizer; null: the folder of ``path`` or ``init``."""
-
-    backend: Literal["auto", "torch_native", "transformer_engine"] = "auto"
-    """Layers of the trainer; ``auto`` is ``transformer_engine`` where it works, else ``torch_native``."""
-
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Dtype of weights and activations in the trainer; the optimizer's master weights are fp32 in both."""
-
-    trust_remote_code: bool = False
-    """Let transformers run Python code found in the model folder."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSection(Section):
-    """Adam with decoupled weight decay, and its learning rate over steps."""
-
-    key: ClassVar[str] = "actor.optimizer"
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-
-    min_lr: NonNegativeFloat = 0.0
-    """Rate at the last step; no effect when ``decay`` is constant."""
-
-    warmup_steps: NonNegativeInt = 0
-    """Steps in which the rate rises linearly from 0 to ``lr``."""
-
-    decay: Decay = "constant"
-    """Shape of the way from ``lr`` to ``min_lr`` after the warm-up."""
-
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled decay; not applied to biases and norms."""
-
-    beta1: Fraction = 0.9
-    """Decay of Adam's first moment."""
-
-    beta2: Fraction = 0.95
-    """Decay of Adam's second moment."""
-
-    eps: PositiveFloat = 1e-8
-    """Added to Adam's denominator."""
-
-    grad_clip: NonNegativeFloat = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-
-    distributed: bool = True
-    """Megatron's distributed optimizer: state is sharded over data parallel ranks; no effect at d1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterSection(Section):
-    """How routers of mixtures of experts are trained; dense models take the defaults only.
-
-    The step's loss is the mean over trained tokens plus, for every MoE layer, ``aux_loss_coeff`` * A +
-    ``z_loss_coeff`` * Z. Z and A are means over all tokens but padding, trained or not; A over groups of
-    tokens weighted by their size, of E * sum over experts of f * P with f the share of the group's choices
-    and P the mean score, 1 where all experts get the same. Metrics report A and Z as means over layers. No
-    token is ever dropped: a capacity of experts would make the result depend on which tokens share a rank.
-    """
-
-    key: ClassVar[str] = "actor.router"
-
-    aux_loss: Literal["none", "microbatch", "sequence", "global_batch"] = "none"
-    """Groups the load is balanced in. ``sequence``: each sample. ``global_batch``: the samples of one
-    optimizer update, at the price of a second forward pass. Both are the same on every layout.
-    ``microbatch``: one packed row, which depends on ``d`` and ``algorithm.max_tokens_per_microbatch``."""
-
-    aux_loss_coeff: NonNegativeFloat = 0.0
-    """Weight of A, such as 1.0e-3; needed by, and no effect without, ``aux_loss``."""
-
-    z_loss_coeff: NonNegativeFloat = 0.0
-    """Weight of Z, the squared logsumexp of the router's logits, such as 1.0e-3; the same on every layout."""
-
-    bias_update_rate: NonNegativeFloat = 0.0
-    """What each update adds to the selection bias of experts with fewer choices than the mean, and takes from
-    those with more, over all its samples; 0 keeps the bias. Needs a model that has one (DeepSeek-V3, GLM)."""
-
-    freeze: bool = False
-    """Keep routers' weights as they are; no loss or bias update may be asked for besides."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActorSection(Section):
-    """The policy in training."""
-
-    key: ClassVar[str] = "actor"
-
-    backend: str
-    """Allocation string, such as ``megatron:(attn:d2t4|ffn:e8)``; its world is the number of ranks."""
-
-    optimizer: OptimizerSection
-    """Optimizer and learning rate."""
-
-    sequence_parallel: bool | Literal["auto"] = "auto"
-    """Split norms and residuals over tensor parallel ranks; ``auto`` does so from t2 on, as MoE demands."""
-
-    router: RouterSection = field(default_factory=RouterSection)
-    """How routers of mixtures of experts are trained."""
-
-    recompute: Literal["none", "full", "selective"] = "none"
-    """Activations computed again in backward, which saves memory: whole layers, or ``recompute_modules``."""
-
-    recompute_modules: tuple[RecomputedModule, ...] = ("core_attn",)
-    """What ``selective`` recomputes: ``moe`` is a layer's router and experts, ``mlp`` a dense layer's; no
-    effect otherwise. Megatron's ``moe_act`` is left out: it needs a grouped GEMM that is not used here."""
-
-    virtual_pipeline_size: PositiveInt | None = None
-    """Model chunks a pipeline stage holds (interleaved schedule); null for one. Needs ``p2`` or more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutSection(Section):
-    """The engine that samples completions; no effect in sft."""
-
-    key: ClassVar[str] = "rollout"
-
-    backend: str = ""
-    """Allocation string, such as ``vllm:d2t4``; needed by grpo. Its world is the actor's."""
-
-    placement: Literal["colocated", "separate"] = "colocated"
-    """``colocated``: on the actor's ranks, in its processes. ``separate`` is read and refused for now."""
-
-    expert_parallel: bool = False
-    """Whole experts on each ``t`` rank of an engine, not slices; no effect at t1 or on dense models."""
-
-    n_samples: PositiveInt = 8
-    """Completions of each prompt: the size of a group."""
-
-    max_new_tokens: PositiveInt = 1024
-    """Longest completion, in tokens."""
-
-    temperature: PositiveFloat = 1.0
-    """Divides the logits before sampling; the trainer divides by the same."""
-
-    top_p: Annotated[float, Range(low=0.0, high=1.0, above=True)] = 1.0
-    """Sample among the likeliest tokens that together have this probability; grpo needs 1: among all."""
-
-    max_num_seqs: PositiveInt = 256
-    """Sequences an engine decodes at a time."""
-
-    kv_cache_bytes: PositiveInt = 2**30
-    """Memory of the KV cache, in bytes on each rank."""
-
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of the engine's weights; ``auto`` is ``model.precision``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefSection(Section):
-    """The reference policy of the KL penalty; no effect when ``algorithm.kl_coef`` is 0."""
-
-    key: ClassVar[str] = "ref"
-
-    backend: str = ""
-    """Allocation string; empty: as the actor, and for now nothing else."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DataSection(Section):
     """JSONL files or Hugging Face ``datasets`` folders."""
 
@@ -317,15 +144,32 @@ class EvaluationSection(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSection(Section):
-    """Hugging Face folders under ``output_dir/checkpoints``; one is always written at the end."""
+    """Folders under ``output_dir/checkpoints`` that transformers and vLLM open and a run goes on from.
+
+    One is written at the end, and when the run is asked to stop (SIGTERM, Ctrl-C); ``if_exists: resume`` goes
+    on.
+    """
 
     key: ClassVar[str] = "checkpoint"
 
     every_steps: NonNegativeInt = 0
-    """Steps of the main phase between checkpoints; 0: only at the end."""
+    """Steps of a phase, warm start or main, between checkpoints; 0: none in between."""
 
     keep_last: PositiveInt | None = None
     """How many to keep, older ones are deleted; null for all."""
+
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of this are kept besides; no effect without ``keep_last``."""
+
+    contents: Literal["all", "weights"] = "all"
+    """``weights`` leaves the optimizer's state out, three quarters of the bytes and more; a run cannot go on
+    from such a checkpoint, only start from it as from any model."""
+
+    asynchronous: bool = False
+    """Write in the background from a copy in host memory, as large as what a rank writes."""
+
+    on_damage: Literal["refuse", "previous"] = "refuse"
+    """When the newest checkpoint is damaged: stop, or go on from the newest whole one before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,8 +207,9 @@ class Config(Section):
     output_dir: str
     """Folder everything a run writes goes to; all nodes must see it under the same path."""
 
-    if_exists: Literal["refuse", "replace"] = "refuse"
-    """What happens to an ``output_dir`` that is not empty: stop, or rename it to NAME.replaced-TIME."""
+    if_exists: Literal["refuse", "replace", "resume"] = "refuse"
+    """What happens to an ``output_dir`` that is not empty: stop, rename it to NAME.replaced-TIME, or go on
+    from its newest checkpoint, under this config's layout (from the start, if there is none)."""
 
     algorithm: AlgorithmSection
     model: ModelSection = field(default_factory=ModelSection)

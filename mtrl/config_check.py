@@ -7,7 +7,8 @@ collective or reads files. What a spec asks of a model (heads, experts, layers) 
 import importlib.util
 import os
 
-from mtrl.config import Config, RouterSection
+from mtrl.config import Config
+from mtrl.config_engines import RouterSection
 from mtrl.parallel.determinism import check_environment
 from mtrl.parallel.errors import ConfigError, LayoutError, MissingPackageError, SpecError
 from mtrl.parallel.spec import (

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from mtrl.parallel.errors import MismatchError, MtrlError, NonFiniteError
+from mtrl.parallel.errors import CheckpointError, ConfigError, MismatchError, MtrlError, NonFiniteError
 
 EXIT_STATUS = 2
 """Of every process whose run was refused or stopped by an error of mtrl's."""
@@ -21,7 +21,7 @@ EXIT_STATUS = 2
 GRACE_S = 20.0
 """How long a process that leaves the telling to another stays: torchrun would end that one with it."""
 
-_RAISED_ON_EVERY_RANK = (MismatchError, NonFiniteError)
+_RAISED_ON_EVERY_RANK = (MismatchError, NonFiniteError, CheckpointError, ConfigError)
 
 
 def is_first_of_node() -> bool:

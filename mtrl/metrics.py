@@ -168,15 +168,16 @@ def _peak_resident_bytes() -> int:
 class MetricsWriter:
     """Writes steps and evaluations of rank 0 to every place the config names; does nothing on other ranks.
 
-    Use as a context manager, or call `close`: TensorBoard writes its last events only then.
+    Use as a context manager, or call `close`: TensorBoard writes its last events only then. ``first_step`` is
+    the next step of a resumed run.
     """
 
-    def __init__(self, folder: RunFolder, config: Config) -> None:
+    def __init__(self, folder: RunFolder, config: Config, *, first_step: int = 1) -> None:
         self._folder = folder
         self._tensorboard: SummaryWriter | None = None
         self._wandb: Any = None
         if folder.is_writer and config.logging.tensorboard:
-            self._tensorboard = _start_tensorboard(folder)
+            self._tensorboard = _start_tensorboard(folder, first_step)
         if folder.is_writer and config.logging.wandb:
             self._wandb = _start_wandb(folder, config)
 
@@ -216,10 +217,12 @@ class MetricsWriter:
             self._wandb.log(numbers | {"step": step})
 
 
-def _start_tensorboard(folder: RunFolder) -> "SummaryWriter":
+def _start_tensorboard(folder: RunFolder, first_step: int) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder.tensorboard_path))
+    # Events of steps that are made again are hidden.
+    purge = {"purge_step": first_step} if first_step > 1 else {}
+    return SummaryWriter(str(folder.tensorboard_path), **purge)
 
 
 def _start_wandb(folder: RunFolder, config: Config) -> Any:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mtrl.batch import Prompt, Sample
-from mtrl.config import Config, RecomputedModule, RouterSection
+from mtrl.config import Config
 from mtrl.config_check import actor_spec, check_config, check_packages, rollout_spec
+from mtrl.config_engines import RecomputedModule, RouterSection
 from mtrl.data.load import load_prompts, load_samples
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import load_model_config

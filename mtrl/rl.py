@@ -24,7 +24,7 @@ from mtrl.trainer import StepResult
 
 
 def train_rl(session: Session) -> None:
-    """Run GRPO for ``algorithm.total_steps``. Collective over WORLD.
+    """Run GRPO from the session's position to ``algorithm.total_steps``. Collective over WORLD.
 
     Raises:
         MismatchError: sampler and trainer disagree by more than ``algorithm.max_k3_kl``.
@@ -32,12 +32,12 @@ def train_rl(session: Session) -> None:
     job, config, sampling = session.job, session.job.config, session.sampling
     assert sampling is not None and job.reward is not None, "GRPO has an engine and a reward"
     algorithm, drawn = config.algorithm, sampling_settings(config, job.stop_token_ids)
-    reference = session.trainer.copy_weights() if algorithm.kl_coef else None
-    cursor = DataCursor(num_records=len(job.train_prompts), seed=config.seed)
+    reference = session.reference_weights() if algorithm.kl_coef else None
     session.progress.start_phase("grpo", algorithm.total_steps)
-    for step in range(1, algorithm.total_steps + 1):
+    for step in range(session.position.step + 1, algorithm.total_steps + 1):
         watch = session.stopwatch()
-        prompts, cursor = next_prompts(job.train_prompts, cursor, algorithm.prompts_per_step or 1)
+        cursor, count = session.position.cursor, algorithm.prompts_per_step or 1
+        prompts, cursor = next_prompts(job.train_prompts, cursor, count)
         with watch("generate_s"):
             completions = sample_on_all(sampling.engine, prompts, drawn, seed=config.seed)
         with watch("reward_s"):
@@ -47,15 +47,14 @@ def train_rl(session: Session) -> None:
         results = update(session, samples, reference, watch)
         with watch("push_s"):
             push_bytes = sampling.take_over_weights()
-        session.step += 1
+        session.advance(cursor)
         metrics = step_metrics(session.step, results, completions, rewards, push_bytes, watch)
         session.writer.write_step(metrics)
         session.progress.update(metrics)
         check_mismatch(metrics, algorithm.max_k3_kl)
         if session.is_due(config.evaluation.every_steps, step, algorithm.total_steps):
             session.evaluate("grpo")
-        if session.is_due(config.checkpoint.every_steps, step, algorithm.total_steps):
-            session.save()
+        session.end_step(save=session.is_due(config.checkpoint.every_steps, step, algorithm.total_steps))
 
 
 def update(

@@ -3,21 +3,31 @@
 import shlex
 
 from mtrl.config import WarmStartSection
+from mtrl.opening import open_session
 from mtrl.preflight import Job
 from mtrl.progress import ComparisonRow, print_comparison
 from mtrl.rl import train_rl
 from mtrl.run_folder import RunFolder
-from mtrl.session import Sampling, Session, open_session
+from mtrl.session import Sampling, Session
 from mtrl.sft import train_sft
+from mtrl.stop import Stopped
 
 
 def run(job: Job, folder: RunFolder, started_at: float) -> None:
     """Train as the config says, evaluate, save. Collective over all processes of the job."""
     with open_session(job, folder, started_at) as session:
-        if job.config.algorithm.name == "sft":
-            _sft(session)
-        else:
-            _grpo(session)
+        try:
+            with session.stop.listening():
+                if job.config.algorithm.name == "sft":
+                    _sft(session)
+                else:
+                    _grpo(session)
+        except Stopped:
+            session.progress.message(
+                f"stopped after step {session.step}, as asked, with a checkpoint; the same command with "
+                "if_exists=resume goes on"
+            )
+            return
         session.finish()
     if folder.is_writer:
         _print_end(session)
@@ -25,8 +35,12 @@ def run(job: Job, folder: RunFolder, started_at: float) -> None:
 
 def _sft(session: Session) -> None:
     algorithm, optimizer = session.job.config.algorithm, session.job.config.actor.optimizer
-    session.trainer.start_phase(
-        total_steps=algorithm.total_steps, lr=optimizer.lr, warmup_steps=optimizer.warmup_steps
+    session.start_phase(
+        "main",
+        num_records=len(session.job.train_samples),
+        total_steps=algorithm.total_steps,
+        lr=optimizer.lr,
+        warmup_steps=optimizer.warmup_steps,
     )
     train_sft(
         session,
@@ -41,16 +55,20 @@ def _grpo(session: Session) -> None:
     algorithm, optimizer = session.job.config.algorithm, session.job.config.actor.optimizer
     assert session.sampling is not None
     session.sampling.take_over_weights()
-    session.evaluate("sft" if algorithm.warm_start else "grpo", summarize_as="accuracy_before")
-    if algorithm.warm_start:
+    if session.step == 0:
+        session.evaluate("sft" if algorithm.warm_start else "grpo", summarize_as="accuracy_before")
+    if algorithm.warm_start and session.position.phase == "warm_start":
         _warm_start(session, session.sampling, algorithm.warm_start)
-    session.trainer.start_phase(
+    session.start_phase(
+        "main",
+        num_records=len(session.job.train_prompts),
         total_steps=algorithm.total_steps * algorithm.minibatches_per_step,
         lr=optimizer.lr,
         warmup_steps=optimizer.warmup_steps,
     )
     train_rl(session)
-    session.evaluate("grpo", summarize_as="accuracy_after_grpo")
+    if session.has_trained or "accuracy_after_grpo" not in session.summary:
+        session.evaluate("grpo", summarize_as="accuracy_after_grpo")
 
 
 def _warm_start(session: Session, sampling: Sampling, settings: WarmStartSection) -> None:
@@ -60,7 +78,9 @@ def _warm_start(session: Session, sampling: Sampling, settings: WarmStartSection
         sampling.take_over_weights()
         return (session.evaluate("sft") or 0.0) >= settings.until_accuracy
 
-    session.trainer.start_phase(
+    session.start_phase(
+        "warm_start",
+        num_records=len(session.job.warm_start_samples),
         total_steps=settings.total_steps,
         lr=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
@@ -71,6 +91,7 @@ def _warm_start(session: Session, sampling: Sampling, settings: WarmStartSection
         session.job.warm_start_samples,
         total_steps=settings.total_steps,
         samples_per_step=settings.samples_per_step,
+        checkpoint_every=session.job.config.checkpoint.every_steps,
         is_enough=is_enough,
     )
     sampling.take_over_weights()

@@ -4,6 +4,7 @@
 
     output_dir/
       config.yaml         the resolved config
+      .lock               held by the run while it goes on
       metrics.jsonl       one JSON object a step
       evaluations.jsonl   one JSON object an evaluation
       tensorboard/        the same numbers as events
@@ -18,6 +19,7 @@ would be a race instead: the folder that rank 0 has just made would be refused b
 nodes ``output_dir`` must be the same shared folder on all of them.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -28,7 +30,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mtrl.config import Config
-from mtrl.parallel.errors import ConfigError, OutputExistsError
+from mtrl.models.files import replace_file
+from mtrl.parallel.errors import CheckpointError, ConfigError, OutputExistsError
+
+_LOCKS: dict[Path, int] = {}
+"""Folders this process holds, with their open lock files."""
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -84,11 +90,41 @@ class RunFolder:
             text = json.dumps(_finite(dict(summary)), indent=2, allow_nan=False)
             write_atomically(self.summary_path, text + "\n")
 
+    def sync(self, path: Path) -> int:
+        """Force a ``.jsonl`` file to disk; its size in bytes, 0 where there is none."""
+        if not path.is_file():
+            return 0
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def rewind(self, metrics_bytes: int, evaluations_bytes: int) -> None:
+        """Cut ``metrics.jsonl`` and ``evaluations.jsonl`` to what they were at a checkpoint.
+
+        What came after goes to ``superseded.jsonl``: the steps are made again.
+        """
+        for path, num_bytes in (
+            (self.metrics_path, metrics_bytes),
+            (self.evaluations_path, evaluations_bytes),
+        ):
+            if not path.is_file():
+                continue
+            data = path.read_bytes()
+            if len(data) > num_bytes:
+                with (self.path / "superseded.jsonl").open("ab") as aside:
+                    aside.write(data[num_bytes:].rstrip(b"\n") + b"\n")
+                    aside.flush()
+                    os.fsync(aside.fileno())
+                replace_file(path, data[:num_bytes])
+
     def _append(self, path: Path, record: Mapping[str, Json]) -> None:
         if self.is_writer:
             line = json.dumps(_finite(dict(record)), allow_nan=False) + "\n"
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def open_run_folder(config: Config, *, rank: int | None = None) -> RunFolder:
@@ -104,9 +140,13 @@ def open_run_folder(config: Config, *, rank: int | None = None) -> RunFolder:
             taken = _is_taken(folder.path)
         except OSError as error:
             raise ConfigError(f"output_dir: {folder.path} cannot be read: {error.strerror}") from error
-        if taken:
-            _make_way(folder.path, config.if_exists == "replace")
-        _claim(folder.path, config.to_yaml())
+        if taken and config.if_exists == "resume":
+            _reopen(folder.path, config.to_yaml())
+        else:
+            if taken:
+                _make_way(folder.path, config.if_exists == "replace")
+            _claim(folder.path, config.to_yaml())
+        _lock(folder.path)
     return folder
 
 
@@ -119,18 +159,8 @@ def read_lines(path: Path) -> list[dict[str, Json]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a neighbour of ``path``, force it to disk, rename it over ``path``, force the name to disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    parent = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    """Write ``path`` so that a reader sees the old file or all of the new, even after a crash."""
+    replace_file(path, text.encode())
 
 
 def _is_taken(path: Path) -> bool:
@@ -156,6 +186,40 @@ def _make_way(path: Path, may_replace: bool) -> None:
         raise OutputExistsError(
             f"output_dir: {path} cannot be moved aside to {aside.name}: {error.strerror}"
         ) from error
+
+
+def _reopen(path: Path, config_yaml: str) -> None:
+    """Give a run's folder the config it now goes on with; the one before stays in its checkpoints."""
+    if not (path / "config.yaml").is_file():
+        raise OutputExistsError(
+            f"output_dir: {path} is not empty and has no config.yaml, so it is no run to resume; write "
+            "output_dir=ANOTHER_FOLDER, or if_exists=replace, which moves it aside"
+        )
+    _lock(path)
+    write_atomically(path / "config.yaml", config_yaml)
+
+
+def _lock(path: Path) -> None:
+    """Hold the run's folder until this process ends, however it ends.
+
+    Raises OutputExistsError while another process holds it.
+    """
+    resolved = path.resolve()
+    if resolved in _LOCKS:
+        return
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputExistsError(
+            f"output_dir: {path} belongs to a run that is still going; wait for it, stop it, or write "
+            "output_dir=ANOTHER_FOLDER"
+        ) from error
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return
+    _LOCKS[resolved] = descriptor
 
 
 def _free_name(path: Path) -> Path:

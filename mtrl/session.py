@@ -1,45 +1,39 @@
-"""A run in progress: what the loops of ``sft.py`` and ``rl.py`` work with.
-
-``open_session`` starts torch.distributed and builds model, trainer and engine; ``Session`` holds them with
-the run's folder and counters.
-"""
+"""A run in progress: what the loops of ``sft.py`` and ``rl.py`` work with. ``opening.py`` builds it."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from mtrl.batch import Sample
-from mtrl.checkpoint.save import copy_tokenizer, save_checkpoint
-from mtrl.config import Config
+from mtrl.checkpoint.folder import step_path
+from mtrl.checkpoint.format import PhaseName, RunState
+from mtrl.checkpoint.load import restore_generators, restore_optimizer
+from mtrl.checkpoint.optimizer_state import OptimizerState
+from mtrl.checkpoint.reference import save_reference
+from mtrl.checkpoint.save import Checkpointer, Contents
+from mtrl.config_engines import Decay
+from mtrl.data.order import DataCursor
 from mtrl.exchange import sum_over_ranks
 from mtrl.metrics import EvaluationMetrics, MetricsWriter, Stopwatch, peak_memory
-from mtrl.models.builder import Model, build_model
-from mtrl.models.hf import initialize, load_hf
-from mtrl.models.megatron_config import recompute_fields
-from mtrl.parallel import determinism, groups
+from mtrl.models.builder import Model
 from mtrl.parallel.device import current_device
-from mtrl.parallel.layout import RankLayout
 from mtrl.plots import plot_rewards
 from mtrl.policy import Microbatch, make_microbatches
 from mtrl.preflight import Job
-from mtrl.progress import Progress, open_progress
+from mtrl.progress import Progress
+from mtrl.resume import Position, Resumed
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.sampler import sample_on_all, score_on_all
 from mtrl.rollout.vllm_engine import VllmEngine
-from mtrl.run_folder import Json, RunFolder, write_atomically
+from mtrl.run_folder import Json, RunFolder
+from mtrl.stop import Stopped, StopRequest
 from mtrl.trainer import Trainer
 from mtrl.weight_push.push import WeightPush
-
-_ENGINE_DTYPES: dict[str, tuple[Literal["float32", "bfloat16"], torch.dtype]] = {
-    "fp32": ("float32", torch.float32),
-    "bf16": ("bfloat16", torch.bfloat16),
-}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +53,9 @@ class Sampling:
 
 @dataclass(slots=True, kw_only=True)
 class Session:
-    """All parts of a run on this rank. ``step`` counts finished steps over all phases."""
+    """All parts of a run on this rank. ``step`` counts finished steps over all phases, ``position`` those of
+    the phase in progress. ``resumed`` is the checkpoint the run goes on from.
+    """
 
     job: Job
     folder: RunFolder
@@ -69,7 +65,12 @@ class Session:
     writer: MetricsWriter
     progress: Progress
     started_at: float
+    checkpointer: Checkpointer
+    position: Position
+    resumed: Resumed | None
+    reference: list[Tensor] | None = None
     step: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
     engine_start_s: float | None = None
     summary: dict[str, Json] = field(default_factory=dict)
 
@@ -118,26 +119,122 @@ class Session:
         self.progress.message(f"held-out accuracy after step {self.step}: {accuracy:.1%}")
         return accuracy
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether this process made a step, in distinction to one that it resumed after."""
+        return self.step > (self.resumed.state.step if self.resumed else 0)
+
+    def start_phase(
+        self,
+        phase: PhaseName,
+        *,
+        num_records: int,
+        total_steps: int,
+        lr: float,
+        warmup_steps: int,
+        decay: Decay | None = None,
+    ) -> None:
+        """Begin a phase on ``num_records`` of data, or go on in it where the checkpoint stood.
+
+        Collective over WORLD; the settings are `Trainer.start_phase`'s.
+        """
+        self.trainer.start_phase(total_steps=total_steps, lr=lr, warmup_steps=warmup_steps, decay=decay)
+        if self.resumed is not None and not self.has_trained and self.resumed.state.phase == phase:
+            self._go_on(self.resumed)
+        else:
+            cursor = DataCursor(num_records=num_records, seed=self.job.config.seed)
+            self.position = Position(phase=phase, step=0, cursor=cursor)
+            if phase == "main" and self.job.config.algorithm.kl_coef:
+                save_reference(self.model, self.folder.checkpoints_path)
+                self.reference = self.trainer.copy_weights()
+
+    def _go_on(self, resumed: Resumed) -> None:
+        state = resumed.state
+        num_tensors = restore_optimizer(self.model, self.trainer.optimizer, resumed.checkpoint, state)
+        self.trainer.go_on_at(state.scheduler_steps)
+        same_layout = restore_generators(self.model, resumed.checkpoint, state)
+        for message in resumed.messages:
+            self.progress.message(message)
+        self.progress.message(
+            f"resumed from {resumed.checkpoint}: weights; optimizer: {num_tensors} of "
+            f"{state.num_optimizer_tensors} tensors, step {state.optimizer_steps}; record {state.index} "
+            f"of epoch {state.epoch}; random generators: {'restored' if same_layout else 'seeded anew'}"
+        )
+
+    def reference_weights(self) -> list[Tensor]:
+        """The weights at the first rollout, for the KL penalty."""
+        assert self.reference is not None, "start_phase keeps them, or open_session reads them"
+        return self.reference
+
+    def advance(self, cursor: DataCursor) -> None:
+        """Count a step whose data end at ``cursor``."""
+        self.step += 1
+        self.position = replace(self.position, step=self.position.step + 1, cursor=cursor)
+
+    def end_step(self, *, save: bool) -> None:
+        """After everything else of a step: save if it is time, or if the run is asked to stop.
+
+        Collective over WORLD.
+
+        Raises:
+            Stopped: it was, and has a checkpoint of this step.
+        """
+        is_last = self.stop.is_agreed()
+        if save or is_last:
+            self.save()
+        if is_last:
+            self.checkpointer.wait()
+            raise Stopped
+
     def save(self) -> Path:
         """Write a checkpoint of this step. Collective over WORLD."""
         config = self.job.config
-        path = save_checkpoint(
-            self.model,
-            self.folder.checkpoints_path,
-            step=self.step,
-            tokenizer=config.tokenizer_path,
-            keep_last=config.checkpoint.keep_last,
-        )
+        path = step_path(self.folder.checkpoints_path, self.step)
         self.summary["model_path"] = str(path)
-        return path
+        has_all = config.checkpoint.contents == "all"
+        contents = Contents(
+            model=self.model,
+            optimizer=self.trainer.optimizer if has_all else None,
+            state=self._state(),
+            config=asdict(config),
+            tokenizer=config.tokenizer_path,
+        )
+        return self.checkpointer.save(contents)
+
+    def _state(self) -> RunState:
+        config, position = self.job.config, self.position
+        has_all = config.checkpoint.contents == "all"
+        optimizer = OptimizerState.of(self.model, self.trainer.optimizer)
+        cursor = position.cursor
+        return RunState(
+            step=self.step,
+            phase=position.phase,
+            phase_step=position.step,
+            num_records=cursor.num_records,
+            seed=cursor.seed,
+            epoch=cursor.epoch,
+            index=cursor.index,
+            optimizer_steps=optimizer.num_steps,
+            scheduler_steps=self.trainer.scheduler.num_steps,
+            num_optimizer_tensors=optimizer.count_tensors() if has_all else 0,
+            policy_version=self.sampling.policy_version if self.sampling else 0,
+            spec=str(self.job.actor),
+            world_size=self.job.actor.world_size,
+            precision=config.model.precision,
+            metrics_bytes=self.folder.sync(self.folder.metrics_path),
+            evaluations_bytes=self.folder.sync(self.folder.evaluations_path),
+            summary=dict(self.summary),
+            versions={name: version(name) for name in ("torch", "megatron-core", "transformers")},
+        )
 
     def is_due(self, every_steps: int, step: int, total_steps: int) -> bool:
         """Whether something done every so many steps of a phase falls on ``step``; never on the last."""
         return every_steps > 0 and step % every_steps == 0 and step < total_steps
 
     def finish(self) -> None:
-        """Save the model, write the summary and the plot. Collective over WORLD."""
+        """Save, write the summary and the plot. Collective over WORLD."""
         self.save()
+        self.checkpointer.wait()
         memory = peak_memory()
         self.summary |= {
             "num_steps": self.step,
@@ -155,96 +252,3 @@ class Session:
                     self.folder.plot_path,
                     title=f"{self.job.config.algorithm.name} on {self.job.actor}",
                 )
-
-
-@contextmanager
-def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Session]:
-    """Build every part of a run, and take it down again. Collective over all processes of the job."""
-    config = job.config
-    if config.deterministic:
-        determinism.set_environment()
-    groups.init_distributed()
-    parallel = groups.create(
-        RankLayout.from_spec(job.actor), virtual_pipeline_size=config.actor.virtual_pipeline_size
-    )
-    groups.seed_everything(config.seed, parallel)
-    model = build_model(
-        job.model,
-        parallel,
-        precision=config.model.precision,
-        num_chunks=config.actor.virtual_pipeline_size or 1,
-        **_megatron_fields(config),
-    )
-    if config.model.path:
-        load_hf(model, Path(config.model.path))
-    else:
-        initialize(model, config.seed)
-    trainer = Trainer(
-        model,
-        config.actor.optimizer,
-        router=config.actor.router,
-        temperature=config.rollout.temperature,
-        deterministic=config.deterministic,
-    )
-    start = time.perf_counter()
-    sampling = _start_engine(job, folder, model) if job.rollout is not None else None
-    progress = open_progress(config.logging.progress, rank=parallel.rank)
-    with MetricsWriter(folder, config) as writer:
-        session = Session(
-            job=job,
-            folder=folder,
-            model=model,
-            trainer=trainer,
-            sampling=sampling,
-            writer=writer,
-            progress=progress,
-            started_at=started_at,
-            engine_start_s=time.perf_counter() - start if sampling else None,
-        )
-        try:
-            yield session
-        finally:
-            progress.close()
-    if sampling is not None:
-        sampling.engine.shutdown()
-    groups.destroy()
-    dist.destroy_process_group()
-
-
-def _megatron_fields(config: Config) -> dict[str, Any]:
-    actor = config.actor
-    fields: dict[str, Any] = recompute_fields(actor.recompute, actor.recompute_modules)
-    if actor.sequence_parallel != "auto":
-        fields["sequence_parallel"] = actor.sequence_parallel
-    if config.deterministic:
-        fields["deterministic_mode"] = True
-    return fields
-
-
-def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
-    """Start vLLM on these ranks, from a folder that holds the model's config and tokenizer."""
-    assert job.rollout is not None
-    config, home = job.config.rollout, folder.path / "engine"
-    if folder.is_writer:
-        home.mkdir()
-        copy_tokenizer(job.config.tokenizer_path, home)
-        write_atomically(home / "config.json", _to_json(job))
-    dist.barrier()
-    name, dtype = _ENGINE_DTYPES[job.config.model.precision if config.dtype == "auto" else config.dtype]
-    engine = VllmEngine.create(
-        home,
-        job.rollout,
-        max_model_len=job.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        dtype=name,
-        seed=job.config.seed,
-        kv_cache_bytes=config.kv_cache_bytes,
-        expert_parallel=config.expert_parallel,
-    )
-    return Sampling(engine=engine, push=WeightPush(model, engine, dtype))
-
-
-def _to_json(job: Job) -> str:
-    import json
-
-    return json.dumps(dict(job.model.hf_config), indent=2) + "\n"

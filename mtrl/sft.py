@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 from mtrl.batch import Sample
-from mtrl.data.order import DataCursor
 from mtrl.metrics import StepMetrics
 from mtrl.objectives import SftLoss
 from mtrl.session import Session
@@ -18,19 +17,18 @@ def train_sft(
     checkpoint_every: int = 0,
     is_enough: Callable[[int], bool] = lambda step: False,
 ) -> None:
-    """Run SFT over shuffled epochs of ``samples``. Collective over WORLD.
+    """Run SFT over shuffled epochs of ``samples``, from the session's position. Collective over WORLD.
 
     ``is_enough`` is asked after every step, on all ranks, whether to end before ``total_steps``.
     """
     trainer, loss = session.trainer, SftLoss()
-    cursor = DataCursor(num_records=len(samples), seed=session.job.config.seed)
     session.progress.start_phase("sft", total_steps)
-    for step in range(1, total_steps + 1):
+    for step in range(session.position.step + 1, total_steps + 1):
         watch = session.stopwatch()
-        indices, cursor = cursor.take(samples_per_step)
+        indices, cursor = session.position.cursor.take(samples_per_step)
         with watch("train_s"):
             result = trainer.step(session.microbatches([samples[i] for i in indices]), loss)
-        session.step += 1
+        session.advance(cursor)
         metrics = StepMetrics(
             step=session.step,
             phase="sft",
@@ -44,7 +42,6 @@ def train_sft(
         )
         session.writer.write_step(metrics)
         session.progress.update(metrics)
-        if session.is_due(checkpoint_every, step, total_steps):
-            session.save()
         if is_enough(step):
             return
+        session.end_step(save=session.is_due(checkpoint_every, step, total_steps))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtrl.config import Decay, OptimizerSection, RouterSection
+from mtrl.config_engines import Decay, OptimizerSection, RouterSection
 from mtrl.models.builder import Model
 from mtrl.models.router import RouterLosses, RouterReport, Routers
 from mtrl.parallel.device import current_device
@@ -133,6 +133,11 @@ class Trainer:
         )
         if warmup_steps > 0:
             self.scheduler.step(1)  # the first step trains too: at 1/warmup_steps of the rate, not at 0
+
+    def go_on_at(self, num_steps: int) -> None:
+        """Set the learning rate's schedule to where it stands after ``num_steps`` of its steps."""
+        self.scheduler.num_steps = num_steps
+        self.scheduler.step(0)
 
     def step(self, microbatches: Sequence[Microbatch], loss: Loss) -> StepResult:
         """Forward, backward, clip, update.

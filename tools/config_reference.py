@@ -20,13 +20,14 @@ if __package__ in (None, "") and str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from mtrl import config as config_module  # noqa: E402
+from mtrl import config_engines  # noqa: E402
 from mtrl.config import Config  # noqa: E402
 from mtrl.config_types import Section, describe, hints, section_of, sections  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 _HEAD = """# The config
 
-Made by `python tools/config_reference.py` from `mtrl/config.py`; edit there.
+Made by `python tools/config_reference.py` from `mtrl/config.py` and `mtrl/config_engines.py`; edit there.
 
 A config is a YAML file. `mtrl/train.py FILE section.key=value ...` reads it, lays the overrides over
 it and checks the result: an unknown key, a wrong type or a number out of range is refused with file,
@@ -36,13 +37,13 @@ Paths are relative to the folder the command is started in.
 
 
 def field_texts() -> dict[type[Section], dict[str, str]]:
-    """Section -> field name -> the text under the field in ``mtrl/config.py``."""
-    tree = ast.parse(inspect.getsource(config_module))
-    found: dict[type[Section], dict[str, str]] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            found[getattr(config_module, node.name)] = _texts_of(node)
-    return found
+    """Section -> field name -> the text under the field in the module that defines it."""
+    return {
+        getattr(module, node.name): _texts_of(node)
+        for module in (config_module, config_engines)
+        for node in ast.parse(inspect.getsource(module)).body
+        if isinstance(node, ast.ClassDef)
+    }
 
 
 def _texts_of(node: ast.ClassDef) -> dict[str, str]:
@@ -84,7 +85,7 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Write the page, or check it."""
-    parser = argparse.ArgumentParser(description="docs/config.md from mtrl/config.py")
+    parser = argparse.ArgumentParser(description="docs/config.md from the config's sections")
     parser.add_argument("--check", action="store_true", help="exit 1 if the page is not current")
     page = render()
     if not parser.parse_args().check:

@@ -169,7 +169,7 @@ def run_pairs(folder: str, pairs: list[list[Any]]) -> list[dict[str, Any]]:
 
 
 def _train(groups: Any, pair: Pair, folder: Path) -> dict[str, Any]:
-    from mtrl.config import OptimizerSection
+    from mtrl.config_engines import OptimizerSection
     from mtrl.models.builder import build_model
     from mtrl.models.families import load_model_config
     from mtrl.models.hf import load_hf

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtrl.batch import Sample
-from mtrl.config import RouterSection
+from mtrl.config_engines import RouterSection
 from mtrl.packing import pack, plan_microbatches
 from tests.distributed.toy_runs import MAX_TOKENS, batch, each_case, load_toy
 from tests.family_toys import build_family_toy, published, published_gradients, save
@@ -170,7 +170,7 @@ def microbatches(model: Any, step: int, num_dp: int | None) -> list[Any]:
 
 def open_trainer(model: Any, section: RouterSection) -> Any:
     """A trainer with the optimizer of `ByHand`."""
-    from mtrl.config import OptimizerSection
+    from mtrl.config_engines import OptimizerSection
     from mtrl.trainer import Trainer
 
     settings = OptimizerSection(lr=LR, eps=EPS, grad_clip=CLIP, beta1=BETAS[0], beta2=BETAS[1])

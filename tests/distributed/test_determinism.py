@@ -20,7 +20,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: str, spec: str, deterministic: bool) -> Found:
     """On a rank: three steps' measures, this rank's weights, and whether torch's switch was on."""
-    from mtrl.config import OptimizerSection
+    from mtrl.config_engines import OptimizerSection
     from mtrl.models.builder import build_model
     from mtrl.models.families import load_model_config
     from mtrl.models.hf import load_hf

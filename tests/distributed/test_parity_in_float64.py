@@ -31,7 +31,7 @@ def first_gradients(folder: str, cases: list[list[Any]], write: bool) -> dict[st
 
     One process writes the reference instead of comparing with it.
     """
-    from mtrl.config import OptimizerSection
+    from mtrl.config_engines import OptimizerSection
     from mtrl.models.builder import build_model
     from mtrl.models.families import load_model_config
     from mtrl.models.hf import load_hf

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mtrl.batch import Sample
-from mtrl.config import OptimizerSection
+from mtrl.config_engines import OptimizerSection
 from mtrl.models.builder import build_model
 from mtrl.models.families import load_model_config
 from mtrl.models.hf import initialize

@@ -78,7 +78,7 @@ def first_step(folder: str, overrides: dict[str, Any]) -> list[float]:
     """On a rank: loss and gradient norm of the first step under a pipeline of two ranks with two chunks
     each.
     """
-    from mtrl.config import OptimizerSection
+    from mtrl.config_engines import OptimizerSection
     from mtrl.models.builder import build_model
     from mtrl.models.families import load_model_config
     from mtrl.models.hf import load_hf

@@ -138,7 +138,7 @@ def batch(step: int) -> list[Sample]:
 
 def open_trainer(model: Any, *, distributed: bool, lr: float = 1e-2) -> Any:
     """A trainer whose first updates are smooth in the gradient; Adam's usual epsilon makes them its sign."""
-    from mtrl.config import OptimizerSection
+    from mtrl.config_engines import OptimizerSection
     from mtrl.trainer import Trainer
 
     trainer = Trainer(model, OptimizerSection(lr=lr, eps=1e-2, grad_clip=0.5, distributed=distributed))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
-from mtrl.config import OptimizerSection
+from mtrl.config_engines import OptimizerSection
 from mtrl.exchange import max_over_ranks
 from mtrl.models.builder import Model, build_model
 from mtrl.models.families import family_of

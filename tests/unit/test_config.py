@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrl.advantages import AdvantageKind
-from mtrl.config import Config, RolloutSection
+from mtrl.config import Config
+from mtrl.config_engines import RolloutSection
 from mtrl.config_load import load_config
 from mtrl.config_types import Section, hints, matches, section_of, sections
 from mtrl.data.load import Overlong

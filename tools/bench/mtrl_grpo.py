@@ -19,7 +19,7 @@ from mtrl.metrics import StepMetrics
 from mtrl.preflight import Job, prepare
 from mtrl.rl import train_rl
 from mtrl.run_folder import open_run_folder
-from mtrl.session import open_session
+from mtrl.opening import open_session
 
 
 def by_hash(prompt: Prompt, completion: Completion, /) -> float:
@@ -84,8 +84,12 @@ def main() -> None:
         session.progress = clock
         session.sampling.take_over_weights()
         optimizer = config.actor.optimizer
-        session.trainer.start_phase(
-            total_steps=config.algorithm.total_steps, lr=optimizer.lr, warmup_steps=optimizer.warmup_steps
+        session.start_phase(
+            "main",
+            num_records=len(job.train_prompts),
+            total_steps=config.algorithm.total_steps,
+            lr=optimizer.lr,
+            warmup_steps=optimizer.warmup_steps,
         )
         train_rl(session)
     record = {

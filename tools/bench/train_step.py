@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mtrl.batch import Sample
-from mtrl.config import OptimizerSection
+from mtrl.config_engines import OptimizerSection
 from mtrl.models.builder import build_model
 from mtrl.models.families import load_model_config
 from mtrl.models.hf import load_hf

@@ -1,0 +1,162 @@
+"""Start torch.distributed, build model, trainer and engine, and take them down again."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtrl.checkpoint.format import PhaseName
+from mtrl.checkpoint.reference import reference_path
+from mtrl.checkpoint.save import Checkpointer, copy_tokenizer
+from mtrl.config import Config
+from mtrl.data.order import DataCursor
+from mtrl.metrics import MetricsWriter
+from mtrl.models.builder import Model, build_model
+from mtrl.models.hf import initialize, load_hf
+from mtrl.models.megatron_config import recompute_fields
+from mtrl.parallel import determinism, groups
+from mtrl.parallel.layout import RankLayout
+from mtrl.preflight import Job
+from mtrl.progress import open_progress
+from mtrl.resume import Position, Resumed, find
+from mtrl.rollout.vllm_engine import VllmEngine
+from mtrl.run_folder import RunFolder, write_atomically
+from mtrl.session import Sampling, Session
+from mtrl.trainer import Trainer
+from mtrl.weight_push.push import WeightPush
+
+_ENGINE_DTYPES: dict[str, tuple[Literal["float32", "bfloat16"], torch.dtype]] = {
+    "fp32": ("float32", torch.float32),
+    "bf16": ("bfloat16", torch.bfloat16),
+}
+
+
+@contextmanager
+def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Session]:
+    """Build every part of a run, and take it down again. Collective over all processes of the job."""
+    config = job.config
+    if config.deterministic:
+        determinism.set_environment()
+    groups.init_distributed()
+    parallel = groups.create(
+        RankLayout.from_spec(job.actor), virtual_pipeline_size=config.actor.virtual_pipeline_size
+    )
+    groups.seed_everything(config.seed, parallel)
+    model = build_model(
+        job.model,
+        parallel,
+        precision=config.model.precision,
+        num_chunks=config.actor.virtual_pipeline_size or 1,
+        **_megatron_fields(config),
+    )
+    resumed = find(job, folder)
+    reference = _load(job, model, folder, resumed)
+    trainer = Trainer(
+        model,
+        config.actor.optimizer,
+        router=config.actor.router,
+        temperature=config.rollout.temperature,
+        deterministic=config.deterministic,
+    )
+    start = time.perf_counter()
+    sampling = _start_engine(job, folder, model) if job.rollout is not None else None
+    if sampling is not None and resumed is not None:
+        sampling.policy_version = resumed.state.policy_version - 1  # the first push makes it that
+    progress = open_progress(config.logging.progress, rank=parallel.rank)
+    checkpointer = Checkpointer(
+        folder.checkpoints_path,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    step = resumed.state.step if resumed else 0
+    with MetricsWriter(folder, config, first_step=step + 1) as writer:
+        session = Session(
+            job=job,
+            folder=folder,
+            model=model,
+            trainer=trainer,
+            sampling=sampling,
+            writer=writer,
+            progress=progress,
+            started_at=started_at,
+            checkpointer=checkpointer,
+            position=resumed.position if resumed else _beginning(job),
+            resumed=resumed,
+            reference=reference,
+            step=step,
+            engine_start_s=time.perf_counter() - start if sampling else None,
+            summary=dict(resumed.state.summary) if resumed else {},
+        )
+        try:
+            yield session
+        finally:
+            progress.close()
+    if sampling is not None:
+        sampling.engine.shutdown()
+    groups.destroy()
+    dist.destroy_process_group()
+
+
+def _beginning(job: Job) -> Position:
+    phase: PhaseName = "warm_start" if job.warm_start_samples else "main"
+    num_records = len(job.warm_start_samples or job.train_samples or job.train_prompts)
+    return Position(phase=phase, step=0, cursor=DataCursor(num_records=num_records, seed=job.config.seed))
+
+
+def _load(job: Job, model: Model, folder: RunFolder, resumed: Resumed | None) -> list[Tensor] | None:
+    """Fill the model from the checkpoint, the model folder or the seed; the reference's weights if resumed
+    in a phase that has one.
+    """
+    config, reference = job.config, None
+    if resumed is None:
+        load_hf(model, Path(config.model.path)) if config.model.path else initialize(model, config.seed)
+        return None
+    if config.algorithm.kl_coef and resumed.state.phase == "main":
+        load_hf(model, reference_path(folder.checkpoints_path))
+        reference = [tensor.detach().cpu().clone() for tensor in model.tensors().values()]
+    load_hf(model, resumed.checkpoint)
+    return reference
+
+
+def _megatron_fields(config: Config) -> dict[str, Any]:
+    actor = config.actor
+    fields: dict[str, Any] = recompute_fields(actor.recompute, actor.recompute_modules)
+    if actor.sequence_parallel != "auto":
+        fields["sequence_parallel"] = actor.sequence_parallel
+    if config.deterministic:
+        fields["deterministic_mode"] = True
+    return fields
+
+
+def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
+    """Start vLLM on these ranks, from a folder that holds the model's config and tokenizer."""
+    assert job.rollout is not None
+    config, home = job.config.rollout, folder.path / "engine"
+    if folder.is_writer:
+        home.mkdir(exist_ok=True)  # a resumed run has one
+        copy_tokenizer(job.config.tokenizer_path, home)
+        write_atomically(home / "config.json", _to_json(job))
+    dist.barrier()
+    name, dtype = _ENGINE_DTYPES[job.config.model.precision if config.dtype == "auto" else config.dtype]
+    engine = VllmEngine.create(
+        home,
+        job.rollout,
+        max_model_len=job.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        dtype=name,
+        seed=job.config.seed,
+        kv_cache_bytes=config.kv_cache_bytes,
+        expert_parallel=config.expert_parallel,
+    )
+    return Sampling(engine=engine, push=WeightPush(model, engine, dtype))
+
+
+def _to_json(job: Job) -> str:
+    return json.dumps(dict(job.model.hf_config), indent=2) + "\n"

@@ -1,0 +1,153 @@
+"""Going on: which checkpoint a run continues from, whether the config still fits it, what is put back.
+
+The layout, the number of ranks and Megatron's version may differ from those that wrote it. Under the same
+layout a run goes on bit for bit as if it had never stopped.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mtrl.checkpoint.folder import clean, step_path, steps
+from mtrl.checkpoint.format import RUN_CONFIG, PhaseName, RunState, read_json
+from mtrl.checkpoint.load import newest_whole
+from mtrl.config import Config
+from mtrl.data.order import DataCursor
+from mtrl.parallel.agreement import agree, gather_json
+from mtrl.parallel.errors import CheckpointError, ConfigError
+from mtrl.preflight import Job
+from mtrl.run_folder import RunFolder
+
+MAY_CHANGE = ("if_exists", "checkpoint.", "logging.")
+"""Keys whose change is not worth a word."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where training stands: ``step`` steps of ``phase`` are done, ``cursor`` is what comes next of its
+    data.
+    """
+
+    phase: PhaseName
+    step: int
+    cursor: DataCursor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """The checkpoint a run goes on from, and what is to be told about it."""
+
+    checkpoint: Path
+    state: RunState
+    messages: tuple[str, ...]
+
+    @property
+    def position(self) -> Position:
+        """Where it stood."""
+        return Position(phase=self.state.phase, step=self.state.phase_step, cursor=self.state.cursor)
+
+
+def find(job: Job, folder: RunFolder) -> Resumed | None:
+    """The checkpoint to go on from: None for a run that begins. Collective over WORLD.
+
+    What killed runs left unfinished is deleted, damaged checkpoints that are passed over are renamed, and the
+    lines of metrics after the checkpoint are moved aside.
+
+    Raises:
+        CheckpointError: the newest checkpoint is damaged and ``checkpoint.on_damage`` is refuse.
+        ConfigError: the config does not fit it.
+    """
+    config, checkpoints = job.config, folder.checkpoints_path
+    if config.if_exists != "resume":
+        return None
+    left_over: list[str] = []
+    error: OSError | None = None
+    if folder.is_writer:
+        try:
+            left_over = clean(checkpoints)
+        except OSError as failed:
+            error = failed
+    agree(error)
+    messages = [f"deleted what a stopped run left unfinished: {name}" for name in left_over]
+    if not gather_json(steps(checkpoints))[0]:
+        if folder.is_writer:
+            folder.rewind(0, 0)
+        return None
+    checkpoint, damaged = newest_whole(checkpoints, may_go_back=config.checkpoint.on_damage == "previous")
+    state = RunState.read(checkpoint)
+    check_fits(job, checkpoint, state)
+    if folder.is_writer:
+        _put_aside(checkpoints, state.step)
+        folder.rewind(state.metrics_bytes, state.evaluations_bytes)
+    dist.barrier()
+    messages += [f"passed over: {each}" for each in damaged]
+    messages += _changes(config, checkpoint)
+    return Resumed(checkpoint=checkpoint, state=state, messages=tuple(messages))
+
+
+def _put_aside(checkpoints: Path, step: int) -> None:
+    """Rename damaged checkpoints after ``step``: training is about to write those steps anew."""
+    for each in steps(checkpoints):
+        if each > step:
+            path, number = step_path(checkpoints, each), 1
+            while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+                number += 1
+            path.rename(aside)
+
+
+def check_fits(job: Job, checkpoint: Path, state: RunState) -> None:
+    """Check what must be as it was.
+
+    Raises:
+        ConfigError: what differs, and what to write.
+    """
+    config, then = job.config, read_json(checkpoint / RUN_CONFIG)
+    fixed = {
+        "seed": (state.seed, config.seed),
+        "model.precision": (state.precision, config.model.precision),
+        "algorithm.name": (then["algorithm"]["name"], config.algorithm.name),
+    }
+    for key, (was, is_now) in fixed.items():
+        if was != is_now:
+            raise ConfigError(
+                f"{key}: given {is_now}, but {checkpoint} was written with {was}; write {key}={was}"
+            )
+    if state.num_optimizer_tensors == 0:
+        raise CheckpointError(
+            f"{checkpoint} was written with checkpoint.contents=weights, without what a run needs to go on; "
+            f"start a new one from it with model.path={checkpoint}"
+        )
+    data, num_records = _data_of(job, state.phase)
+    if num_records != state.num_records:
+        raise ConfigError(
+            f"{data}: has {num_records} records, had {state.num_records} when {checkpoint} was written; the "
+            "order of training is one of those. Give the same data, or start a new run from the checkpoint "
+            f"with model.path={checkpoint}"
+        )
+
+
+def _data_of(job: Job, phase: PhaseName) -> tuple[str, int]:
+    if phase == "warm_start":
+        return "data.warm_start", len(job.warm_start_samples)
+    return "data.train", len(job.train_samples or job.train_prompts)
+
+
+def _changes(config: Config, checkpoint: Path) -> list[str]:
+    """What the config says otherwise than when the checkpoint was written."""
+    then, now = dict(_flat(read_json(checkpoint / RUN_CONFIG))), dict(_flat(asdict(config)))
+    return [
+        f"{key}: {then.get(key)} when the checkpoint was written, now {now.get(key)}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
