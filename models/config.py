@@ -1,6 +1,7 @@
 """What mtrl knows of a model's shape, read from a Hugging Face ``config.json``. Pure: no torch."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,14 +163,23 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ModelError(f"no config.json at {path}; give a Hugging Face model folder")
+        raise ModelError(f"no config.json at {path}; give a Hugging Face model folder{_download_hint(path)}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
     return config
+
+
+def _download_hint(path: Path) -> str:
+    """How to get the model, where ``path`` looks like its name on the Hugging Face hub."""
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
+        return ""
+    return f". Nothing is downloaded; get it with: hf download {path} --local-dir {path}"
 
 
 def require(config: Mapping[str, Any], key: str) -> Any:

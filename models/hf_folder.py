@@ -44,10 +44,10 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there are none, one is missing or no whole safetensors file, or the index disagrees.
     """
-    return list(_read_folder(folder))
+    return list(read_folder(folder))
 
 
-def _read_folder(folder: Path) -> dict[Path, dict[str, Header]]:
+def read_folder(folder: Path) -> dict[Path, dict[str, Header]]:
     """The files of `weight_files`, and what each holds."""
     index = folder / INDEX_NAME
     if not index.is_file():
@@ -117,7 +117,7 @@ def folder_shapes(folder: Path) -> Shapes:
     Raises:
         ModelError: as `weight_files` does, and for weights in a format that is not read.
     """
-    headers = {name: each for held in _read_folder(folder).values() for name, each in held.items()}
+    headers = {name: each for held in read_folder(folder).values() for name, each in held.items()}
     blocks = quantized_blocks(folder)
     unread = [
         f"{name} ({each.dtype})" for name, each in headers.items() if not _is_read(name, headers, blocks)

@@ -1,6 +1,7 @@
 """Where weights come from, read box by box: the files of a Hugging Face folder, or a random generator."""
 
 import hashlib
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,12 @@ import torch
 from safetensors import safe_open
 
 from mtrl.models.boxes import Box
-from mtrl.models.hf_folder import weight_files
+from mtrl.models.files import SAFETENSORS_DTYPES
+from mtrl.models.hf_folder import read_folder
+from mtrl.models.safetensors_header import Header
+from mtrl.parallel.errors import ModelError
+
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 class TensorSource(Protocol):
@@ -28,21 +34,22 @@ class TensorSource(Protocol):
 class SafetensorsSource:
     """The tensors of a Hugging Face folder as they are stored, read slice by slice. A context manager.
 
+    What lies in one piece in its file is read into memory of its own; files are mapped only for the rest, so
+    that a process does not hold the pages of a whole folder.
+
     Raises:
         ModelError: the folder has no safetensors, or its index names a file that is missing.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
+        self._maps: dict[Path, Any] = {}
+        self._where: dict[str, tuple[Path, Header]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for file in weight_files(self.folder):
-            handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            self._files[file.name] = handle
-            self._where.update(dict.fromkeys(handle.keys(), file.name))
+        for path, headers in read_folder(self.folder).items():
+            self._where |= {name: (path, header) for name, header in headers.items()}
         return self
 
     def __exit__(
@@ -52,14 +59,42 @@ class SafetensorsSource:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor in the folder."""
-        return {
-            name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._where.items()
-        }
+        return {name: header.shape for name, (_, header) in self._where.items()}
+
+    def dtypes(self) -> dict[str, str]:
+        """Dtype of every tensor in the folder, by safetensors' name of it."""
+        return {name: header.dtype for name, (_, header) in self._where.items()}
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The elements of ``box`` of tensor ``name``."""
-        tensor: torch.Tensor = self._files[self._where[name]].get_slice(name)[box.slices]
+        path, header = self._where[name]
+        dtype = TORCH_DTYPES.get(header.dtype)
+        if dtype is not None and box.ranges[1:] == Box.full(header.shape).ranges[1:]:
+            return _read_rows(path, header, dtype, box)
+        if path not in self._maps:
+            self._maps[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        tensor: torch.Tensor = self._maps[path].get_slice(name)[box.slices]
         return tensor
+
+
+def _read_rows(path: Path, header: Header, dtype: torch.dtype, box: Box) -> torch.Tensor:
+    """Elements that follow each other in the file."""
+    tensor = torch.empty(box.shape, dtype=dtype)
+    start = box.ranges[0][0] * math.prod(header.shape[1:]) * dtype.itemsize if box.ranges else 0
+    if tensor.numel():
+        with path.open("rb", buffering=0) as file:
+            file.seek(header.begin + start)
+            left = memoryview(_bytes(tensor))
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise ModelError(f"{path} was cut short while it was read")
+                left = left[count:]
+    return tensor
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.flatten().view(torch.uint8).numpy()
 
 
 class RandomSource:

@@ -14,6 +14,7 @@ from mtrl.config import Config
 from mtrl.config_check import actor_spec, check_config, check_packages, rollout_spec
 from mtrl.config_engines import RecomputedModule, RouterSection
 from mtrl.data.load import load_prompts, load_samples
+from mtrl.data.tokenizer import load_tokenizer
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import load_model_config
 from mtrl.models.hf_folder import check_names, folder_shapes
@@ -75,7 +76,7 @@ def prepare(config: Config, world_size: int) -> Job:
     check_packages(config)
     actor = actor_spec(config)
     model = _check_model(config, actor)
-    tokenizer = _load_tokenizer(config.tokenizer_path, config.model.trust_remote_code)
+    tokenizer = load_tokenizer(config.tokenizer_path, trust_remote_code=config.model.trust_remote_code)
     is_grpo = config.algorithm.name == "grpo"
     longest = config.algorithm.max_tokens_per_microbatch
 
@@ -185,17 +186,6 @@ def _check_engine_fits(model: ModelConfig, rollout: RolloutSpec) -> None:
             f"rollout.backend: t{tp} does not divide {heads} attention heads and {kv_heads} KV heads; write "
             f"vllm:d{world_size // fits}t{fits}"
         )
-
-
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ModelError(f"no tokenizer at {folder}; set model.tokenizer to a folder with tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer at {folder} has no eos_token, so completions could not end")
-    return tokenizer
 
 
 def _check_lengths(job: Job) -> None:

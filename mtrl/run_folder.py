@@ -31,7 +31,7 @@ from typing import TypeAlias
 
 from mtrl.config import Config
 from mtrl.models.files import replace_file
-from mtrl.parallel.errors import CheckpointError, ConfigError, OutputExistsError
+from mtrl.parallel.errors import CheckpointError, ConfigError, DataError, OutputExistsError
 
 _LOCKS: dict[Path, int] = {}
 """Folders this process holds, with their open lock files."""
@@ -151,11 +151,22 @@ def open_run_folder(config: Config, *, rank: int | None = None) -> RunFolder:
 
 
 def read_lines(path: Path) -> list[dict[str, Json]]:
-    """The records of a ``.jsonl`` file; [] when there is none. A last line cut by a kill is left out."""
+    """The records of a ``.jsonl`` file; [] when there is none. A last line cut by a kill is left out.
+
+    Raises DataError for a file that is damaged elsewhere.
+    """
     if not path.exists():
         return []
-    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in complete]
+    try:
+        complete = path.read_bytes().split(b"\n")[:-1]
+        records = [json.loads(line) for line in complete]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: a line before the last is not JSON ({error}); it was damaged") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise DataError(f"{path}: a line holds no JSON object; it was damaged")
+    return records
 
 
 def write_atomically(path: Path, text: str) -> None:

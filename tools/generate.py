@@ -20,6 +20,7 @@ if not __package__:  # run as a file: import from the checkout it lies in, not f
 from mtrl.batch import Prompt
 from mtrl.data.load import to_prompt
 from mtrl.data.records import Record
+from mtrl.data.tokenizer import load_tokenizer
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import load_model_config
 from mtrl.models.hf_folder import weight_files
@@ -117,14 +118,9 @@ def _num_new_tokens(prompt: Prompt, options: argparse.Namespace, room: int) -> i
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError(f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer at {folder} has no eos_token, so answers could not end")
-    return tokenizer
+    return load_tokenizer(folder)
 
 
 @contextmanager

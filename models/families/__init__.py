@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mtrl.models.boxes import Place
 from mtrl.models.config import ModelConfig, read_hf_config
 from mtrl.models.roles import Role
-from mtrl.parallel.errors import ModelError, UnknownFamilyError
+from mtrl.parallel.errors import ModelError, MtrlError, UnknownFamilyError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     Raises:
         UnknownFamilyError: none does; the message lists the architectures that are known.
     """
-    architectures = tuple(hf_config.get("architectures") or ())
+    given = hf_config.get("architectures") or ()
+    architectures = tuple(map(str, given)) if isinstance(given, list | tuple) else (str(given),)
     known = known_architectures()
     for name in architectures:
         if name in known:
@@ -94,9 +95,21 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """Read a Hugging Face folder's (or file's) ``config.json`` through its family."""
+    """Read a Hugging Face folder's (or file's) ``config.json`` through its family.
+
+    Raises:
+        ModelError: it cannot be read, no family handles it, or a value in it is none that a model can have.
+    """
     hf_config = read_hf_config(path)
-    return family_of(hf_config).read_config(hf_config)
+    family = family_of(hf_config)
+    try:
+        return family.read_config(hf_config)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+        if isinstance(error, MtrlError):
+            raise
+        raise ModelError(
+            f"{path}: config.json holds a value that {family.name} cannot have: {error}"
+        ) from error
 
 
 # Families register themselves when they are imported.

@@ -72,6 +72,8 @@ def check_latest(folder: Path) -> None:
             raise CheckpointError(f"{path} is missing, beside {len(present)} checkpoints")
         return
     record = read_json(path)
+    if json_bytes(record) != path.read_bytes():
+        raise CheckpointError(f"{path} is not as it was written")
     match = _STEP.fullmatch(str(record.get("checkpoint")))
     if not match:
         raise CheckpointError(f"{path} names no checkpoint")

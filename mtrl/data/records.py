@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mtrl.parallel.errors import DataError, MissingPackageError
 
@@ -48,13 +48,23 @@ def read_records(path: str | Path) -> Iterator[Record]:
 def _read_jsonl(path: Path) -> Iterator[Record]:
     index = 0
     # Bytes, so that only "\n" ends a line: JSON strings may hold U+2028, which str.splitlines breaks at.
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for line_number, line in enumerate(file, start=1):
             if line.strip():
                 yield Record(
                     index=index, where=f"{path}:{line_number}", fields=_parse(path, line_number, line)
                 )
                 index += 1
+
+
+def _opened(path: Path) -> BinaryIO:
+    # Opening a named pipe may never return.
+    if not path.is_file():
+        raise DataError(f"{path}: neither a file nor a folder; give a .jsonl file")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _parse(path: Path, line_number: int, line: bytes) -> Mapping[str, Any]:
@@ -66,6 +76,8 @@ def _parse(path: Path, line_number: int, line: bytes) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         hint = "write one whole JSON object on each line (JSONL), not an indented one or an array"
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; {hint}") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{where}: not JSON: {error}") from error
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply; a record is a flat JSON object") from error
     if not isinstance(value, dict):
@@ -86,7 +98,7 @@ def _read_datasets_folder(path: Path) -> Iterator[Record]:
     try:
         # Into memory: a map of a file that another program rewrites would change under the run.
         dataset = datasets.load_from_disk(str(path), keep_in_memory=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a folder that Dataset.save_to_disk wrote ({error}); or give a .jsonl file"
         ) from error

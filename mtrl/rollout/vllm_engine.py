@@ -6,7 +6,6 @@ where it has not been run. Left out: engine pipeline parallelism, CUDA graphs, s
 
 import gc
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
+from mtrl.models.config import read_hf_config
 from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
@@ -312,12 +312,10 @@ def _check(model_dir: Path, spec: RolloutSpec) -> None:
             f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine "
             f"lives on the trainer's ranks"
         )
-    config = model_dir / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{model_dir} has no config.json")
-    if not json.loads(config.read_text(encoding="utf-8")).get("architectures"):
+    if not read_hf_config(model_dir).get("architectures"):
         raise ModelError(
-            f'{config} names no architecture; write for instance "architectures": ["Qwen3MoeForCausalLM"]'
+            f"{model_dir / 'config.json'} names no architecture; write for instance "
+            '"architectures": ["Qwen3MoeForCausalLM"]'
         )
 
 
@@ -327,7 +325,7 @@ def _overrides(model_dir: Path) -> dict[str, Any]:
     The trainer pushes dequantised weights. transformers 5 writes DeepSeek configs without two keys that vLLM
     reads, and whose absence it takes for another router (model_executor/models/deepseek_v2.py).
     """
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_hf_config(model_dir)
     found: dict[str, Any] = {"quantization_config": None} if config.get("quantization_config") else {}
     if "DeepseekV3ForCausalLM" in config["architectures"]:
         router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}

@@ -16,10 +16,12 @@ stand anywhere (they travel as safetensors). A rank that raises, dies or hangs f
 traceback. A function imports vLLM itself: it starts threads, which a fork would lose.
 """
 
+import errno
 import faulthandler
 import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -146,11 +148,22 @@ def _serve() -> None:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = _free_port()
         pids = [_fork(request, rank, port) for rank in range(request["size"])]
         answers.write(json.dumps(_watch(request, pids)) + "\n")
         answers.flush()
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to connections on its own."""
+    while True:
+        port = random.randrange(20000, 32000)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
 
 
 def _fork(request: dict[str, Any], rank: int, port: int) -> int:

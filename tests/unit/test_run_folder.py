@@ -171,5 +171,5 @@ def test_a_written_summary_leaves_nothing_else_behind(tmp_path: Path) -> None:
     folder = opened(tmp_path / "a")
     for accuracy in (0.5, 0.9):
         folder.write_summary({"accuracy": accuracy})
-    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "summary.json"]
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "config.yaml", "summary.json"]
     assert json.loads(folder.summary_path.read_text()) == {"accuracy": 0.9}

@@ -16,10 +16,10 @@ from mtrl.batch import Completion, Prompt
 from mtrl.config_check import world_size_from_env
 from mtrl.config_load import load_config
 from mtrl.metrics import StepMetrics
+from mtrl.opening import open_session
 from mtrl.preflight import Job, prepare
 from mtrl.rl import train_rl
 from mtrl.run_folder import open_run_folder
-from mtrl.opening import open_session
 
 
 def by_hash(prompt: Prompt, completion: Completion, /) -> float:
