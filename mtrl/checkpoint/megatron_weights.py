@@ -46,12 +46,12 @@ class TorchDistSource:
     """A ``torch_dist`` checkpoint's weights by Hugging Face names, read chunk by chunk. A context manager.
 
     ``folder`` is the checkpoint (``iter_XXXXXXX``) or the folder above it, whose tracker file is followed.
-    Optimizer states and counters are not read. Memory is bounded by one stored chunk beside what is asked for.
+    Optimizer states and counters are not read. At most one stored chunk is in memory beside what is read.
     ``leave_out`` are prefixes of Megatron's keys that are passed over, such as ``"mtp."``.
 
     Raises:
-        ModelError: the folder cannot be read, is malformed, or names what is not on the list of pickled names;
-            or its model differs from ``config`` in what its weights mean.
+        ModelError: the folder cannot be read, is malformed, or pickles what is not on the list; or its
+            model differs from ``config`` in what its weights mean.
         WeightError: tensors are missing, unknown, of another shape, or stored twice.
     """
 
@@ -166,9 +166,8 @@ def _problems(name: str, chunks: list[_Chunk], view: View) -> Iterator[str]:
 
 def _span(chunks: list[_Chunk]) -> tuple[int, ...]:
     """The shape that chunks reach to."""
-    return tuple(
-        max(stops) for stops in zip(*((stop for _, stop in c.box.ranges) for c in chunks), strict=True)
-    )
+    stops = ([stop for _, stop in chunk.box.ranges] for chunk in chunks)
+    return tuple(max(each) for each in zip(*stops, strict=True))
 
 
 def _check_meaning(common: Mapping[str, Any], config: ModelConfig, folder: Path) -> None:

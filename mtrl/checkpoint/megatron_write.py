@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from mtrl.checkpoint.chunk_boxes import Extent, copy, overlaps
+from mtrl.checkpoint.chunk_boxes import Extent, copy, overlaps, view_boxes
 from mtrl.checkpoint.megatron_names import LAYERS, extra_state, split_layer, written_names
 from mtrl.checkpoint.megatron_weights import checkpoint_map
 from mtrl.checkpoint.torch_dist import (
@@ -51,8 +51,8 @@ def write_torch_dist(
     """Write the weights of ``source`` as a ``torch_dist`` checkpoint below ``folder``. Returns its folder.
 
     It is named ``iter_XXXXXXX``, or ``release`` for iteration 0, and ``folder``'s tracker file then names it.
-    It is written beside and renamed when it is whole and on the disk. At most one Hugging Face tensor and one
-    chunk of ``CHUNK_BYTES`` (or the smallest part of a tensor that is of one head group or half) are in memory.
+    It is written beside and renamed when it is whole and on the disk. A chunk and what is
+    read of one tensor for it are in memory: ``CHUNK_BYTES`` each, or one head group, half or expert.
 
     Args:
         folder: where Megatron-LM's ``--load`` points.
@@ -61,7 +61,7 @@ def write_torch_dist(
         dtype: what floats are written in, those that the family fixes aside; None is the source's own.
         iteration: the step of training that the weights are of.
         layers: a tensor a layer, which Megatron-LM finds whatever the model, as ``content_metadata`` says so;
-            or all layers' in one, which is what a Megatron model asks for by itself where all layers are alike.
+            or all layers' in one, which is what a Megatron model asks for by itself where all are alike.
         leave_out: names of ``source`` that are not to be written; the caller tells of them.
 
     Raises:
@@ -106,8 +106,8 @@ def _map_for(
         )
     if layers == "stacked" and config.dense_layers and config.moe_layers:
         raise ModelError(
-            f"{config.family}: layers {config.dense_layers[:4]} are dense and others mixtures, so they have no "
-            "tensors in common to stack; write layers='separate'"
+            f"{config.family}: layers {config.dense_layers[:4]} are dense and others mixtures, so they "
+            "have no tensors in common to stack; write layers='separate'"
         )
     return weight_map
 
@@ -157,7 +157,7 @@ class _Writer:
 
     def _write_tensor(self, name: str, pieces: list[Piece], dtype: torch.dtype | None) -> None:
         view = pieces[0].local
-        layer, suffix = split_layer(name)
+        layer, _ = split_layer(name)
         is_stacked = self.layers == "stacked" and layer is not None
         for box in _cuts(view):
             values = self._assemble(view, box, pieces, dtype)
@@ -178,22 +178,18 @@ class _Writer:
         """``box`` of a stored tensor, from the Hugging Face tensors that it is made of."""
         out: torch.Tensor | None = None
         copied = 0
-        for piece in pieces:
+        for piece in _pieces_in(box, pieces):
+            values = self.source.read(piece.hf.name, piece.stored)
+            if out is None:
+                out = torch.empty(box.shape, dtype=dtype or values.dtype)
+            elif dtype is None and values.dtype != out.dtype:
+                raise WeightError(
+                    f"{piece.hf.name} is {values.dtype} and belongs to {view.name}, of which other parts "
+                    f"are {out.dtype}; give the dtype to write"
+                )
             target = Extent(stored=box, view=piece.local, box=piece.local_box)
-            for simple in piece.simple():
-                source = Extent(stored=simple.stored, view=piece.hf, box=piece.hf_box)
-                shared = overlaps(target, source)
-                if not shared:
-                    continue
-                values = self.source.read(piece.hf.name, simple.stored)
-                if out is None:
-                    out = torch.empty(box.shape, dtype=dtype or values.dtype)
-                elif dtype is None and values.dtype != out.dtype:
-                    raise WeightError(
-                        f"{piece.hf.name} is {values.dtype} and belongs to {view.name}, of which other parts "
-                        f"are {out.dtype}; give the dtype to write"
-                    )
-                copied += sum(copy(out, target, values, source, each) for each in shared)
+            source = Extent(stored=piece.stored, view=piece.hf, box=piece.hf_box)
+            copied += sum(copy(out, target, values, source, each) for each in overlaps(target, source))
         assert out is not None and copied == out.numel(), f"{view.name}: {copied} elements of {box}"
         return out
 
@@ -204,12 +200,25 @@ class _Writer:
         if self.layers == "stacked" and layer is not None:
             key, index, among = LAYERS + suffix, [layer], [self.config.num_layers]
         for expert in range(number or 1):
-            at, of = (index + [expert], among + [number]) if number else (index or [0], among or [1])
+            at, of = ([*index, expert], [*among, number]) if number else (index or [0], among or [1])
             yield f"{key}/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, of))}"
 
 
+def _pieces_in(box: Box, pieces: list[Piece]) -> Iterator[Piece]:
+    """The parts of pieces that lie in a box of the tensor they belong to, each simple."""
+    for piece in pieces:
+        for part in view_boxes(piece.local, box):
+            local = part.intersect(piece.local_box)
+            if local is None:
+                continue
+            offset = local.relative_to(piece.local_box)
+            hf = zip(offset.ranges, piece.hf_box.ranges, strict=True)
+            hf_box = Box(tuple((low + start, low + stop) for (start, stop), (low, _) in hf))
+            yield from Piece(hf=piece.hf, hf_box=hf_box, local=piece.local, local_box=local).simple()
+
+
 def _cuts(view: View) -> Iterator[Box]:
-    """A tensor in boxes of at most ``CHUNK_BYTES`` of float32, along the outermost factor of its first dim."""
+    """A tensor in boxes of at most ``CHUNK_BYTES`` of float32, along its outermost factor."""
     outer = view.factors[0][0]
     rows = view.shape[0] // outer
     each = 4 * rows * torch.Size(view.shape[1:]).numel()
@@ -229,7 +238,7 @@ def _content(layers: Layers) -> dict[str, bool]:
 
 
 def _arguments(config: ModelConfig) -> dict[str, object]:
-    """Megatron-LM's arguments of this model, for ``--use-checkpoint-args`` and its comparison with its own."""
+    """Megatron-LM's arguments of this model, for ``--use-checkpoint-args`` and its own check."""
     moe, found = config.moe, dict[str, object]()
     found |= {
         "num_layers": config.num_layers,

@@ -29,6 +29,7 @@ _DTYPES = (
 )  # fmt: skip
 _DCP = "torch.distributed.checkpoint."
 _CORE = "megatron.core."
+_ARRAY = ("_reconstruct", "scalar")
 
 # What .metadata of Megatron-Core 0.14 to 0.19 names, plans of older saves among it.
 _METADATA_NAMES = frozenset(
@@ -58,7 +59,7 @@ _COMMON_NAMES = frozenset(
     | {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("_codecs", "encode")}
     | {("collections", name) for name in ("OrderedDict", "defaultdict")}
     | {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.dtypes", "UInt32DType")}
-    | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+    | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in _ARRAY}
     | {(_CORE + "enums", "ModelType"), (_CORE + "optimizer.optimizer_config", "OptimizerConfig")}
     | {(_CORE + "rerun_state_machine", f"Rerun{name}") for name in ("Diagnostic", "Mode", "State")}
     | {
@@ -70,13 +71,14 @@ _COMMON_NAMES = frozenset(
 
 
 class Record:
-    """Stands for an object of a pickle: what it was made from, and its state. Its class has the other's name."""
+    """Stands for an object of a pickle, after whose class it is called: what made it, and its state."""
 
     arguments: tuple[object, ...]
     state: Any
     items: list[object]
 
     def __new__(cls, *arguments: object) -> "Record":
+        """A record that was made from ``arguments``."""
         record = object.__new__(cls)
         record.arguments, record.state, record.items = arguments, None, []
         return record
@@ -263,7 +265,10 @@ def read_chunk(folder: Path, stretch: Stretch, shape: tuple[int, ...], dtype: to
     try:
         tensor = torch.load(stored, map_location="cpu", weights_only=True)
     except Exception as error:  # a malformed archive raises anything
-        raise ModelError(f"{where}: not a tensor that can be read safely ({error})") from error
+        # torch's own message advises to load it without this protection.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {named[1]}, which no tensor needs" if named else type(error).__name__
+        raise ModelError(f"{where}: not a tensor that can be read safely ({reason})") from None
     if not isinstance(tensor, torch.Tensor) or (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
         found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor)
         raise ModelError(f"{where}: .metadata says {shape} {dtype}, the file holds {found}")
@@ -277,7 +282,8 @@ def read_common(index: Index) -> dict[str, Any]:
     """
     path = index.folder / "common.pt"
     if path.is_file():
-        return _read_archive(path.read_bytes(), path)
+        found = _read_archive(path.read_bytes(), path)
+        return found if isinstance(found, dict) else {}
     if index.common is None:
         return {}
     path = index.folder / index.common.file
