@@ -122,21 +122,18 @@ def split_layer(name: str) -> tuple[int | None, str]:
 
 
 def written_names(config: ModelConfig, name: str) -> tuple[str, ...]:
-    """The keys that Megatron's modules look for a tensor under, one that each of its specs knows.
+    """The keys that Megatron's modules look for a tensor under.
 
-    Its local modules and Transformer Engine's disagree on norms: before a mixture, and in latent attention.
+    Its local modules and Transformer Engine's disagree on norms before a mixture and around latent attention,
+    where there are two.
     """
     layer, suffix = split_layer(name)
     if layer is None or suffix not in _FUSED_NAME:
         return (name,)
-    is_latent_norm = suffix.startswith("self_attention.")
-    if is_latent_norm and config.mla is None:
-        return (name,)
     fused = f"{LAYERS}{layer}.{_FUSED_NAME[suffix]}"
-    both = is_latent_norm or (
-        config.mla is not None if suffix.startswith("input") else layer in config.moe_layers
-    )
-    return (name, fused) if both else (fused,)
+    if config.mla is not None or (suffix.startswith("pre_mlp") and layer in config.moe_layers):
+        return (name, fused)
+    return (name,) if suffix.startswith("self_attention.") else (fused,)
 
 
 def extra_state(config: ModelConfig, name: str) -> tuple[tuple[str, int], ...]:

@@ -88,6 +88,7 @@ def _gpt(config: Any, megatron: Any, groups: Any) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.identity_op import IdentityOp
 
     class Attention(DotProductAttention):  # type: ignore[misc]
         """Megatron's own, which takes no head dims of latent attention; it is never run here."""
@@ -98,7 +99,10 @@ def _gpt(config: Any, megatron: Any, groups: Any) -> Any:
     tp, pp = groups.layout.spec.attn.tp, groups.layout.spec.attn.pp
     block = get_gpt_decoder_block_spec(megatron, use_transformer_engine=False, normalization="RMSNorm")
     for layer in block.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = Attention
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = Attention
+        if config.mla and not config.mla.query_rank:
+            attention.q_layernorm = IdentityOp  # 0.19.2 refuses one that has nothing to do
     # 101 rows padded to 102 on two ranks, and on one, where rows of a rank stay where they are, to more.
     multiple = tp if tp > 1 else 16
     return GPTModel(
