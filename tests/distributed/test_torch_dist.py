@@ -85,6 +85,8 @@ def build(groups: Any, path: Path, *, stacked: bool) -> Any:
 
 
 def _gpt(config: Any, megatron: Any, groups: Any) -> Any:
+    from mtrl.models.backends.torch_native.layers import LatentAttention
+
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -102,7 +104,9 @@ def _gpt(config: Any, megatron: Any, groups: Any) -> Any:
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = Attention
         if config.mla and not config.mla.query_rank:
-            attention.q_layernorm = IdentityOp  # 0.19.2 refuses one that has nothing to do
+            # 0.19.2 refuses a norm that has nothing to do, and a projection that it is not fused into.
+            attention.q_layernorm = IdentityOp
+            layer.submodules.self_attention.module = LatentAttention
     # 101 rows padded to 102 on two ranks, and on one, where rows of a rank stay where they are, to more.
     multiple = tp if tp > 1 else 16
     return GPTModel(
