@@ -2,7 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart quickstart-control test parity lint format types tests clean-env
+.PHONY: help env quickstart quickstart-control test parity torture lint format types tests clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -31,6 +31,9 @@ tests: env  ## all tests of the main environment, without lint, types, the quick
 
 parity: env  ## compare every legal layout with transformers, at length (an hour or two); writes docs/parity.md
 	@OMP_NUM_THREADS=1 $(PY) -m tests.distributed.run_parity
+
+torture: env  ## kill, starve and damage runs at every point, at length (two hours or so); writes docs/torture.md
+	@OMP_NUM_THREADS=1 $(PY) -m tests.torture.run_torture
 
 format: env  ## let ruff put the files into format
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .

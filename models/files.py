@@ -69,7 +69,8 @@ class DurableFile:
         """Force the bytes to disk."""
         try:
             self._flush()
-            os.fsync(self._descriptor)
+            with _named(self.path):
+                os.fsync(self._descriptor)
         finally:
             self.abandon()
         return FileRecord(name=self.path.name, num_bytes=self.num_bytes, sha256=self._hash.hexdigest())
@@ -92,9 +93,16 @@ class DurableFile:
 
 
 def _write_all(descriptor: int, data: memoryview, path: Path) -> None:
-    try:
+    with _named(path):
         while len(data):
             data = data[os.write(descriptor, data[:PIECE_BYTES]) :]
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Calls on descriptors fail without saying which file it was."""
+    try:
+        yield
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
@@ -119,7 +127,8 @@ def sync_folder(folder: Path) -> None:
     """Force the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _named(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

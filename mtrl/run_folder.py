@@ -88,14 +88,20 @@ class RunFolder:
         """Write ``summary.json`` so that a reader sees the old file or all of the new, even after a crash."""
         if self.is_writer:
             text = json.dumps(_finite(dict(summary)), indent=2, allow_nan=False)
-            write_atomically(self.summary_path, text + "\n")
+            try:
+                write_atomically(self.summary_path, text + "\n")
+            except OSError as error:
+                raise CheckpointError(f"{error.filename} cannot be written: {error.strerror}") from error
 
     def sync(self, path: Path) -> int:
         """Force a ``.jsonl`` file to disk; its size in bytes, 0 where there is none."""
         if not path.is_file():
             return 0
         with path.open("rb") as file:
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be forced to disk: {error.strerror}") from error
             return os.fstat(file.fileno()).st_size
 
     def rewind(self, metrics_bytes: int, evaluations_bytes: int) -> None:

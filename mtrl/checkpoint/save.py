@@ -5,7 +5,7 @@ error, what was written is deleted, and the checkpoints before it are as they we
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,15 @@ from mtrl.checkpoint.format import MANIFEST, RUN_CONFIG, STATE, Manifest, RunSta
 from mtrl.checkpoint.optimizer_state import OptimizerState
 from mtrl.checkpoint.rng import rng_tensors
 from mtrl.models.builder import Model
-from mtrl.models.files import FileRecord, FileSink, FolderWriter, PutTensor, TensorKind, sync_folder
+from mtrl.models.files import (
+    FileRecord,
+    FileSink,
+    FolderWriter,
+    PutTensor,
+    TensorKind,
+    sync_folder,
+    write_file,
+)
 from mtrl.models.hf import write_hf
 from mtrl.parallel.agreement import agree, gather_json
 from mtrl.parallel.errors import CheckpointError
@@ -103,6 +111,7 @@ class Checkpointer:
         self.wait()
         step, target = contents.state.step, step_path(self.folder, contents.state.step)
         if any(gather_json(target.is_dir())):
+            agree(self._attempt(self._prune))  # a run killed right after the rename has not
             return target
         if not self._asynchronous:
             self._write(contents, step)
@@ -128,24 +137,21 @@ class Checkpointer:
             self._failure = error
 
     def _write(self, source: "Contents | Snapshot", step: int) -> None:
-        is_writer, partial = dist.get_rank() == 0, partial_path(self.folder, step)
-        error: Exception | None = None
-        if is_writer:
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                sync_folder(self.folder.parent)
-            except OSError as failed:
-                error = failed
+        partial = partial_path(self.folder, step)
+
+        def make_folder() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            sync_folder(self.folder.parent)
+
         try:
-            agree(error, self._group)
+            agree(self._attempt(make_folder), self._group)
             out = FolderWriter(partial)
             source.replay(out) if isinstance(source, Snapshot) else write_contents(source, out)
             agree(out.error, self._group)
             self._publish(out.records, step)
         except CheckpointError as failed:
-            if is_writer:
-                shutil.rmtree(partial, ignore_errors=True)
+            self._attempt(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written: {failed}; those before it are whole. "
                 "Make room or mend the disk, then go on from the newest with if_exists=resume"
@@ -154,19 +160,27 @@ class Checkpointer:
     def _publish(self, records: list[FileRecord], step: int) -> None:
         """Write the manifest and let the checkpoint be seen. Collective over the writers' group."""
         everyones = gather_json([record.to_json() for record in records], self._group)
-        error: Exception | None = None
-        if dist.get_rank() == 0:
+
+        def show() -> None:
             files = sorted((FileRecord(**each) for rank in everyones for each in rank), key=lambda f: f.name)
-            manifest = FolderWriter(partial_path(self.folder, step))
-            manifest.write(MANIFEST, Manifest(step=step, files=tuple(files)).to_json())
-            error = manifest.error
-            if error is None:
-                try:
-                    publish(self.folder, step)
-                    prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
-                except OSError as failed:
-                    error = failed
-        agree(error, self._group)
+            manifest = Manifest(step=step, files=tuple(files))
+            write_file(partial_path(self.folder, step) / MANIFEST, manifest.to_json())
+            publish(self.folder, step)
+            self._prune()
+
+        agree(self._attempt(show), self._group)
+
+    def _prune(self) -> None:
+        prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+
+    def _attempt(self, action: Callable[[], None]) -> OSError | None:
+        """Do something on rank 0 alone; what it met."""
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                return error
+        return None
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Kills and failing disks at chosen points of a run: around the real system calls, by the real SIGKILL.
 
-Points are counted in each process: every write, fsync and rename that mtrl makes, the model's forward pass, Adam's
-update, a round of the push. A run without a fault counts them; a run with one stops at the point of a number.
+Points are counted in each process: every write, fsync and rename that mtrl makes, the model's forward pass,
+Adam's update, a round of the push. A run without a fault counts them; one with a fault stops at a number.
 """
 
 import errno
@@ -21,7 +21,8 @@ class Faults:
     """What happens at which point of this process.
 
     ``action`` is ``kill`` (before the call), ``half`` (a write is cut in two and the process killed between),
-    ``kill all`` (every rank, before the call), or the name of an errno that the call fails with, from then on.
+    ``kill all`` (every rank, before the call), or the name of an errno: the call fails with it, and all
+    writes from then on.
     """
 
     number: int = -1

@@ -1,14 +1,17 @@
-"""What the torture runs: jobs under layouts, and for each what is tried at which point, and what must hold."""
+"""What the torture runs: jobs under layouts, what is tried at which point, and what must hold."""
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtrl.checkpoint.folder import step_path, steps
-from mtrl.checkpoint.format import Manifest, problems
+from mtrl.checkpoint.folder import LATEST, step_path, steps
+from mtrl.checkpoint.format import MANIFEST, Manifest, problems
+from mtrl.checkpoint.load import newest_whole
+from mtrl.parallel.errors import CheckpointError
 from tests.distributed.world import World, WorldError
 from tests.e2e.jobs import lines, untimed
 from tests.e2e.toy import write_toy
@@ -32,12 +35,14 @@ class Job:
 
 
 def _sft(name: str, spec: str, size: int, *options: str) -> Job:
-    arguments = ("sft.yaml", f"actor.backend={spec}", "algorithm.total_steps=3", "checkpoint.every_steps=1")
+    arguments = ("sft.yaml", f"actor.backend={spec}", "algorithm.total_steps=2", "checkpoint.every_steps=1")
     return Job(name=name, size=size, arguments=(*arguments, "logging.tensorboard=false", *options))
 
 
+THREE_STEPS = ("algorithm.total_steps=3", "checkpoint.keep_last=2")
+
 JOBS = (
-    _sft("experts over two", "megatron:(attn:d2|ffn:e2)", 2, "checkpoint.keep_last=2"),
+    _sft("experts over two", "megatron:(attn:d2|ffn:e2)", 2, *THREE_STEPS),
     _sft("tensor parallel", "megatron:(attn:t2|ffn:t2)", 2, "actor.optimizer.distributed=false"),
     _sft("pipeline in the background", "megatron:p2", 2, "checkpoint.asynchronous=true"),
     _sft("folded on four", "megatron:(attn:d2t2|ffn:t2e2)", 4, "model.precision=bf16"),
@@ -77,16 +82,38 @@ class Torture:
         self.expected = self._left("straight")
 
     def trials(self) -> Iterator[Trial]:
-        """Every point of every rank, each with the actions that fit it."""
+        """Every point of every rank: a kill, of one rank and of all in turn, and the failures that fit it."""
         for rank, points in enumerate(self.points):
             for number, what in enumerate(points):
-                actions = ["kill", "kill all"]
+                actions = ["kill all" if number % 2 else "kill"]
                 if what.startswith("write"):
-                    actions += ["half", "ENOSPC", "EIO"]
+                    actions += ["half", "ENOSPC" if number % 4 < 2 else "EIO"]
                 elif what.startswith(("fsync", "rename", "replace")):
                     actions += ["EIO"]
                 for action in actions:
                     yield Trial(job=self.job.name, rank=rank, number=number, what=what, action=action)
+
+    def damages(self) -> Iterator[tuple[str, str, str]]:
+        """Each file of the newest checkpoint in each way once: (file, way, what went wrong or nothing)."""
+        run = self.folder / "runs" / "straight" / "checkpoints"
+        newest, previous = (step_path(run, step) for step in reversed(steps(run)[-2:]))
+        names = [*(record.name for record in Manifest.read(newest).files), MANIFEST]
+        for path in [*(newest / name for name in names), run / LATEST]:
+            content, where = path.read_bytes(), path.relative_to(run)
+            stale = previous / path.relative_to(newest) if path.is_relative_to(newest) else None
+            ways = {
+                "truncated": content[: len(content) // 2],
+                "bit flipped": _flipped(content),
+                "removed": None,
+                "emptied": b"",
+                "replaced by a stale one": stale.read_bytes() if stale and stale.exists() else content,
+            }
+            for way, bad in ways.items():
+                if bad == content:
+                    continue  # the same in both checkpoints
+                path.unlink() if bad is None else path.write_bytes(bad)
+                yield str(where), way, _missed(run, newest, previous, path)
+                path.write_bytes(content)
 
     def run(self, trial: Trial) -> str:
         """What went wrong in this trial; empty if all that must hold does."""
@@ -154,3 +181,27 @@ class Torture:
             "accuracy": accuracy,
             **files,
         }
+
+
+def _flipped(content: bytes) -> bytes:
+    """One bit is another, somewhere."""
+    bit = random.Random(len(content)).randrange(8 * len(content))
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def _missed(run: Path, newest: Path, previous: Path, damaged: Path) -> str:
+    """What is wrong with how a damaged file is met: it must be named, and the one before be offered."""
+    try:
+        newest_whole(run, may_go_back=False)
+    except CheckpointError as error:
+        if damaged.name not in str(error):
+            return f"{damaged.name} is not named: {error}"
+    else:
+        return "it was not noticed"
+    found, told = newest_whole(run, may_go_back=True)
+    expected = previous if damaged.is_relative_to(newest) else newest
+    if found != expected or not any(damaged.name in each for each in told):
+        return f"went on from {found.name}, told {told}"
+    return ""
