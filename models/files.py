@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -156,6 +156,17 @@ class SafetensorsWriter:
         assert self._pending.popleft() == name, f"{self.path}: {name} out of turn"
         assert self._kinds[name] == (tensor.dtype, tuple(tensor.shape)), f"{self.path}: {name}"
         self._file.write(_bytes_of(tensor))
+
+    def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """The next tensor, in parts that follow each other in its memory."""
+        assert self._pending.popleft() == name, f"{self.path}: {name} out of turn"
+        dtype, shape = self._kinds[name]
+        left = torch.Size(shape).numel()
+        for part in parts:
+            assert part.dtype == dtype, f"{self.path}: {name}"
+            left -= part.numel()
+            self._file.write(_bytes_of(part))
+        assert left == 0, f"{self.path}: {name}"
 
     def close(self) -> FileRecord:
         """Force the file to disk."""

@@ -8,7 +8,7 @@ import torch
 
 from mtrl.models.boxes import Box, Range
 from mtrl.models.hf_folder import SCALE_SUFFIX, Blocks, quantized_blocks, without_scales
-from mtrl.models.sources import SafetensorsSource, TensorSource
+from mtrl.models.sources import SafetensorsSource, TypedSource
 
 
 class DequantizedSource:
@@ -18,12 +18,20 @@ class DequantizedSource:
     conversion gives. Tensors without scales are passed on as they are.
     """
 
-    def __init__(self, source: TensorSource, blocks: Blocks) -> None:
+    def __init__(self, source: TypedSource, blocks: Blocks) -> None:
         self._source, self._blocks, self._stored = source, blocks, source.shapes()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight; scales are none."""
         return {name: self._stored[name] for name in without_scales(self._stored)}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of what `read` gives for every weight."""
+        stored = self._source.dtypes()
+        return {
+            name: torch.bfloat16 if name + SCALE_SUFFIX in self._stored else stored[name]
+            for name in without_scales(self._stored)
+        }
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The elements of ``box``: bf16 where there are scales, else in the source's dtype."""
@@ -50,7 +58,7 @@ def _block_index(part: Range, size: int) -> torch.Tensor:
 
 
 @contextmanager
-def open_folder(folder: Path) -> Iterator[TensorSource]:
+def open_folder(folder: Path) -> Iterator[TypedSource]:
     """The weights of a Hugging Face folder, dequantised where they are quantised."""
     blocks = quantized_blocks(folder)
     with SafetensorsSource(folder) as files:

@@ -31,6 +31,14 @@ class TensorSource(Protocol):
         ...
 
 
+class TypedSource(TensorSource, Protocol):
+    """A source that knows its tensors' dtypes before it reads them."""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of what `read` gives for every tensor."""
+        ...
+
+
 class SafetensorsSource:
     """The tensors of a Hugging Face folder as they are stored, read slice by slice. A context manager.
 
@@ -61,9 +69,10 @@ class SafetensorsSource:
         """Shape of every tensor in the folder."""
         return {name: header.shape for name, (_, header) in self._where.items()}
 
-    def dtypes(self) -> dict[str, str]:
-        """Dtype of every tensor in the folder, by safetensors' name of it."""
-        return {name: header.dtype for name, (_, header) in self._where.items()}
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of every tensor in the folder that torch has one for."""
+        named = {name: TORCH_DTYPES.get(header.dtype) for name, (_, header) in self._where.items()}
+        return {name: dtype for name, dtype in named.items() if dtype is not None}
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The elements of ``box`` of tensor ``name``."""

@@ -1,6 +1,6 @@
 """Weights from Megatron's own ``torch_dist`` checkpoints, by Hugging Face names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +47,8 @@ class TorchDistSource:
 
     ``folder`` is the checkpoint (``iter_XXXXXXX``) or the folder above it, whose tracker file is followed.
     Optimizer states and counters are not read. At most one stored chunk is in memory beside what is read.
-    ``leave_out`` are prefixes of Megatron's keys that are passed over, such as ``"mtp."``.
+    ``leave_out`` are prefixes of Megatron's keys that are passed over, such as ``"mtp."``. Names are those of
+    the family's format that has most of ``names``; the published one's where none are given.
 
     Raises:
         ModelError: the folder cannot be read, is malformed, or pickles what is not on the list; or its
@@ -55,9 +56,16 @@ class TorchDistSource:
         WeightError: tensors are missing, unknown, of another shape, or stored twice.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, *, leave_out: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        leave_out: tuple[str, ...] = (),
+        names: Collection[str] = (),
+    ) -> None:
         self.folder, self.config, self.leave_out = folder, config, leave_out
-        self._map = checkpoint_map(config)
+        self._map = checkpoint_map(config).in_format_of(names)
         self._pieces: dict[str, list[Piece]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._last: tuple[Stretch, torch.Tensor] | None = None
@@ -82,6 +90,10 @@ class TorchDistSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, as the family publishes them."""
         return self._map.hf_shapes()
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of every tensor in the checkpoint."""
+        return {name: self._chunks[pieces[0].local.name][0].dtype for name, pieces in self._pieces.items()}
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The elements of ``box`` of tensor ``name``, in the dtype of the checkpoint."""

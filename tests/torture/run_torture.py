@@ -28,8 +28,8 @@ Small runs save after every step. Each trial stops one at one point, by a real S
 call or by an error of the disk, resumes it, and compares metrics, weights, masters and moments with the run
 that never stopped: bit by bit. Every checkpoint that can be seen after the fault must be whole. `kill` ends
 one rank, `kill all` every rank, `half` the rank in the middle of a write; ENOSPC and EIO fail the call and
-all writes after it, and must be told. Damage changes one file of the newest checkpoint: it must be noticed and
-named, and the checkpoint before it offered.
+all writes after it, and must be told. Damage changes one file of the newest checkpoint: it must be noticed
+and named, and the checkpoint before it offered.
 """
 
 
