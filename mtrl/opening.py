@@ -40,21 +40,7 @@ _ENGINE_DTYPES: dict[str, tuple[Literal["float32", "bfloat16"], torch.dtype]] = 
 @contextmanager
 def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Session]:
     """Build every part of a run, and take it down again. Collective over all processes of the job."""
-    config = job.config
-    if config.deterministic:
-        determinism.set_environment()
-    groups.init_distributed()
-    parallel = groups.create(
-        RankLayout.from_spec(job.actor), virtual_pipeline_size=config.actor.virtual_pipeline_size
-    )
-    groups.seed_everything(config.seed, parallel)
-    model = build_model(
-        job.model,
-        parallel,
-        precision=config.model.precision,
-        num_chunks=config.actor.virtual_pipeline_size or 1,
-        **_megatron_fields(config),
-    )
+    config, model = job.config, _build(job)
     resumed = find(job, folder)
     reference = _load(job, model, folder, resumed)
     trainer = Trainer(
@@ -68,7 +54,7 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
     sampling = _start_engine(job, folder, model) if job.rollout is not None else None
     if sampling is not None and resumed is not None:
         sampling.policy_version = resumed.state.policy_version - 1  # the first push makes it that
-    progress = open_progress(config.logging.progress, rank=parallel.rank)
+    progress = open_progress(config.logging.progress, rank=model.groups.rank)
     checkpointer = Checkpointer(
         folder.checkpoints_path,
         keep_last=config.checkpoint.keep_last,
@@ -102,6 +88,24 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         sampling.engine.shutdown()
     groups.destroy()
     dist.destroy_process_group()
+
+
+def _build(job: Job) -> Model:
+    """Start torch.distributed, make the groups of the layout, and in them the model without weights."""
+    config = job.config
+    if config.deterministic:
+        determinism.set_environment()
+    groups.init_distributed()
+    num_chunks = config.actor.virtual_pipeline_size
+    parallel = groups.create(RankLayout.from_spec(job.actor), virtual_pipeline_size=num_chunks)
+    groups.seed_everything(config.seed, parallel)
+    return build_model(
+        job.model,
+        parallel,
+        precision=config.model.precision,
+        num_chunks=num_chunks or 1,
+        **_megatron_fields(config),
+    )
 
 
 def _beginning(job: Job) -> Position:

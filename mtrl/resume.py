@@ -17,8 +17,8 @@ from mtrl.checkpoint.load import newest_whole
 from mtrl.config import Config
 from mtrl.data.order import DataCursor
 from mtrl.parallel.agreement import agree, gather_json
-from mtrl.parallel.errors import CheckpointError, ConfigError
 from mtrl.preflight import Job
+from mtrl.resume_check import check_fits
 from mtrl.run_folder import RunFolder
 
 MAY_CHANGE = ("if_exists", "checkpoint.", "logging.")
@@ -96,43 +96,6 @@ def _put_aside(checkpoints: Path, step: int) -> None:
             while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
                 number += 1
             path.rename(aside)
-
-
-def check_fits(job: Job, checkpoint: Path, state: RunState) -> None:
-    """Check what must be as it was.
-
-    Raises:
-        ConfigError: what differs, and what to write.
-    """
-    config, then = job.config, read_json(checkpoint / RUN_CONFIG)
-    fixed = {
-        "seed": (state.seed, config.seed),
-        "model.precision": (state.precision, config.model.precision),
-        "algorithm.name": (then["algorithm"]["name"], config.algorithm.name),
-    }
-    for key, (was, is_now) in fixed.items():
-        if was != is_now:
-            raise ConfigError(
-                f"{key}: given {is_now}, but {checkpoint} was written with {was}; write {key}={was}"
-            )
-    if state.num_optimizer_tensors == 0:
-        raise CheckpointError(
-            f"{checkpoint} was written with checkpoint.contents=weights, without what a run needs to go on; "
-            f"start a new one from it with model.path={checkpoint}"
-        )
-    data, num_records = _data_of(job, state.phase)
-    if num_records != state.num_records:
-        raise ConfigError(
-            f"{data}: has {num_records} records, had {state.num_records} when {checkpoint} was written; the "
-            "order of training is one of those. Give the same data, or start a new run from the checkpoint "
-            f"with model.path={checkpoint}"
-        )
-
-
-def _data_of(job: Job, phase: PhaseName) -> tuple[str, int]:
-    if phase == "warm_start":
-        return "data.warm_start", len(job.warm_start_samples)
-    return "data.train", len(job.train_samples or job.train_prompts)
 
 
 def _changes(config: Config, checkpoint: Path) -> list[str]:

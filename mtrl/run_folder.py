@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mtrl.config import Config
-from mtrl.models.files import replace_file
+from mtrl.models.durable import replace_file
 from mtrl.parallel.errors import CheckpointError, ConfigError, DataError, OutputExistsError
 
 _LOCKS: dict[Path, int] = {}

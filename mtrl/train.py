@@ -16,6 +16,7 @@ from mtrl.config_load import load_config  # noqa: E402
 from mtrl.last_words import is_first_of_node, leave, tell  # noqa: E402
 from mtrl.parallel.errors import MtrlError  # noqa: E402
 from mtrl.preflight import Job, prepare  # noqa: E402
+from mtrl.resume_check import check_before_start  # noqa: E402
 from mtrl.run_folder import open_run_folder  # noqa: E402
 
 
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         job = prepare(load_config(options.config, options.overrides), world_size_from_env())
+        check_before_start(job)
         if options.dry_run:
             _print_checked(job)
             return 0

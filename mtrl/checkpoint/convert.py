@@ -26,15 +26,9 @@ from mtrl.checkpoint.save import TOKENIZER_FILES
 from mtrl.checkpoint.torch_dist import TRACKER
 from mtrl.models.boxes import Box
 from mtrl.models.config import ModelConfig, read_hf_config
+from mtrl.models.durable import FileRecord, hash_file, sync_folder, write_file
 from mtrl.models.families import load_model_config
-from mtrl.models.files import (
-    FileRecord,
-    SafetensorsWriter,
-    TensorKind,
-    hash_file,
-    sync_folder,
-    write_file,
-)
+from mtrl.models.files import SafetensorsWriter, TensorKind
 from mtrl.models.hf import shard_names
 from mtrl.models.hf_folder import INDEX_NAME, SINGLE_NAME, carried_names, check_names, quantized_blocks
 from mtrl.models.quantized import open_folder

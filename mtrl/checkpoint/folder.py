@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from mtrl.checkpoint.format import MANIFEST, json_bytes, read_json
-from mtrl.models.files import replace_file, sync_folder
+from mtrl.models.durable import replace_file, sync_folder
 from mtrl.parallel.errors import CheckpointError
 
 LATEST = "latest.json"

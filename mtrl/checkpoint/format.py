@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtrl.data.order import DataCursor
-from mtrl.models.files import FileRecord, hash_file
+from mtrl.models.durable import FileRecord, hash_file
 from mtrl.parallel.errors import CheckpointError
 
 FORMAT, VERSION = "mtrl checkpoint", 1

@@ -15,7 +15,7 @@ from mtrl.checkpoint.optimizer_state import BoxSource, OptimizerState, parse_box
 from mtrl.checkpoint.rng import restore_rng
 from mtrl.models.boxes import Box
 from mtrl.models.builder import Model
-from mtrl.models.files import FileRecord
+from mtrl.models.durable import FileRecord
 from mtrl.models.safetensors_header import read_headers
 from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.device import current_device

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mtrl.models.builder import Model
-from mtrl.models.files import FolderWriter, sync_folder
+from mtrl.models.durable import sync_folder
+from mtrl.models.files import FolderWriter
 from mtrl.models.hf import write_hf
 from mtrl.parallel.agreement import agree
 

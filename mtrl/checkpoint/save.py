@@ -21,15 +21,8 @@ from mtrl.checkpoint.format import MANIFEST, RUN_CONFIG, STATE, Manifest, RunSta
 from mtrl.checkpoint.optimizer_state import OptimizerState
 from mtrl.checkpoint.rng import rng_tensors
 from mtrl.models.builder import Model
-from mtrl.models.files import (
-    FileRecord,
-    FileSink,
-    FolderWriter,
-    PutTensor,
-    TensorKind,
-    sync_folder,
-    write_file,
-)
+from mtrl.models.durable import FileRecord, sync_folder, write_file
+from mtrl.models.files import FileSink, FolderWriter, PutTensor, TensorKind
 from mtrl.models.hf import write_hf
 from mtrl.parallel.agreement import agree, gather_json
 from mtrl.parallel.errors import CheckpointError

@@ -57,7 +57,7 @@ def test_minibatches_move_the_policy_within_a_step_and_away_from_the_reference(m
 @pytest.mark.vllm
 def test_only_the_last_checkpoints_are_kept(much: Path) -> None:
     names = sorted(path.name for path in (much / "checkpoints").iterdir())
-    assert names == ["step_000006", "step_000007"]
+    assert [name for name in names if name.startswith("step")] == ["step_000006", "step_000007"]
 
 
 @pytest.mark.vllm
