@@ -44,6 +44,8 @@ PRELOADED = (
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
+    "transformers.models.auto.tokenization_auto",
+    "mtrl.run",
 )
 DEFAULT_TIMEOUT_S = 120.0
 GRACE_S = 3.0
