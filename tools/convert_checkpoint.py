@@ -19,10 +19,19 @@ if not __package__:  # run as a file: import from the checkout it lies in, not f
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from mtrl.checkpoint.convert import Plan, Request, convert, finish, make_plan
-from mtrl.checkpoint.prove import check_logits, check_written
+from mtrl.checkpoint.convert import convert, finish, hold
+from mtrl.checkpoint.convert_plan import Plan, Request, make_plan
+from mtrl.checkpoint.prove import Level, prove
+from mtrl.parallel import quiet
 from mtrl.parallel.errors import MtrlError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,32 +50,37 @@ def main(arguments: list[str] | None = None) -> int:
         with_optimizer=options.with_optimizer,
         trust_remote_code=options.trust_remote_code,
     )
-    console = Console(stderr=True)
+    quiet.install()
     try:
         plan = make_plan(request)
-        print(describe(plan))
+        print(describe(plan), flush=True)
         if options.dry_run:
             print("nothing was written (--dry-run)")
             return 0
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("converting", total=plan.num_bytes)
-            convert(plan, lambda count: progress.advance(task, count))
-        print(f"proved: {check_written(plan, every_bit=options.verify != 'names')}")
-        if options.verify == "logits":
-            print(f"proved: {check_logits(plan)}")
-        finish(plan)
+        with hold(plan):
+            run(plan, options.verify)
     except MtrlError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"OSError: {error}; what was written stays in {request.target}.partial, the same command goes on",
-            file=sys.stderr,
-        )
-        return 1
-    print(f"written: {request.target}")
-    return 0
+    except (OSError, KeyboardInterrupt) as error:
+        what = "stopped" if isinstance(error, KeyboardInterrupt) else f"OSError: {error}"
+        print(f"{what}; the same command goes on from what is in {request.partial}", file=sys.stderr)
+    else:
+        print(f"written: {request.target}")
+        return 0
+    return 1
+
+
+def run(plan: Plan, level: Level) -> None:
+    """Convert, prove, and give the target its name."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task("converting", total=plan.num_bytes)
+        convert(plan, lambda count: bars.advance(task, count))
+        proving = bars.add_task("comparing", total=plan.num_bytes, visible=level != "names")
+        for line in prove(plan, level=level, report=lambda count: bars.advance(proving, count)):
+            print(f"proved: {line}", flush=True)
+    finish(plan)
 
 
 def describe(plan: Plan) -> str:

@@ -134,7 +134,8 @@ class _Writer:
             by_name.setdefault(piece.local.name, []).append(piece)
         empty = self._append(dump([None]))
         for name, pieces in by_name.items():
-            dtype = torch.float32 if pieces[0].hf.name in kept else self.dtype
+            is_kept = self.dtype is not None and pieces[0].hf.name in kept
+            dtype = torch.float32 if is_kept else self.dtype
             self._write_tensor(name, pieces, dtype)
             for key, number in extra_state(self.config, name):
                 self.states |= dict.fromkeys(self._state_keys(key, number), empty)
