@@ -217,15 +217,17 @@ def written_boxes(
                 holders.setdefault(name, {}).setdefault(box, []).append(rank)
     for name, ranks_of in holders.items():
         if sum(box.num_elements for box in ranks_of) == torch.Size(shapes[name]).numel():
-            chosen = [(box, min(ranks, key=lambda r: loads[r])) for box, ranks in ranks_of.items()]
-        else:  # tied weights, of which shards of two stages overlap
-            have = [{name: tuple(b for b in ranks_of if r in ranks_of[b])} for r in range(num_ranks)]
-            disk: Boxes = {name: (Box.full(shapes[name]),)}  # as if one more rank, without any, needed all
-            plan = plan_transfers([name], have, [*({} for _ in have), disk])
-            chosen = [(each.box, each.source) for each in plan.transfers]
-        for box, rank in chosen:
-            writes[rank].append((name, box))
-            loads[rank] += box.num_elements
+            for box, ranks in ranks_of.items():
+                rank = min(ranks, key=lambda r: (loads[r], r))
+                writes[rank].append((name, box))
+                loads[rank] += box.num_elements
+            continue
+        # Tied weights, of which shards of two stages overlap: as if one more rank, without any, needed all.
+        have = [{name: tuple(box for box in ranks_of if rank in ranks_of[box])} for rank in range(num_ranks)]
+        disk: Boxes = {name: (Box.full(shapes[name]),)}
+        for each in plan_transfers([name], have, [*({} for _ in have), disk]).transfers:
+            writes[each.source].append((name, each.box))
+            loads[each.source] += each.box.num_elements
     return writes
 
 
