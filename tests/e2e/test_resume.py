@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from tests.distributed.world import World, WorldError
@@ -184,3 +185,23 @@ def test_a_run_still_going_is_not_resumed_beside_itself(toy: Path, straight: Pat
         done = python(toy, TRAIN, "sft.yaml", *arguments)
     assert done.status == 2
     assert "runs/held belongs to a run that is still going" in done.err
+
+
+def test_the_json_files_are_as_their_schemas_say(straight: Path) -> None:
+    checkpoints = straight / "checkpoints"
+    for name, path in (
+        ("latest", checkpoints / "latest.json"),
+        ("manifest", checkpoints / "step_000004" / "manifest.json"),
+        ("state", checkpoints / "step_000004" / "training" / "state.json"),
+    ):
+        schema = json.loads((ROOT / "docs" / "schemas" / f"{name}.schema.json").read_text())
+        jsonschema.Draft202012Validator.check_schema(schema)
+        jsonschema.validate(json.loads(path.read_text()), schema)
+
+
+def test_transformers_opens_a_checkpoint_as_it_is(straight: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = straight / "checkpoints" / "step_000004"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "qwen3_moe"
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
