@@ -32,7 +32,16 @@ EXTRAS = {
     # The engine's private interfaces are used and tested at this version only.
     "cuda": ["vllm==0.32.0"],
     "datasets": ["datasets>=4"],
-    "dev": ["datasets>=4", "pytest>=8", "pytest-timeout", "hypothesis", "mypy", "ruff", "setuptools>=77"],
+    "dev": [
+        "datasets>=4",
+        "pytest>=8",
+        "pytest-timeout",
+        "hypothesis",
+        "jsonschema",
+        "mypy",
+        "ruff",
+        "setuptools>=77",
+    ],
 }
 
 setup(
