@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     except (OSError, KeyboardInterrupt) as error:
         what = "stopped" if isinstance(error, KeyboardInterrupt) else f"OSError: {error}"
-        print(f"{what}; the same command goes on from what is in {request.partial}", file=sys.stderr)
+        print(f"{what}; the same command goes on from {request.partial}", file=sys.stderr)
     else:
         print(f"written: {request.target}")
         return 0

@@ -121,8 +121,11 @@ def _begin(plan: Plan) -> dict[str, FileRecord]:
         mine = {*plan.shards, *plan.copies}
         found = {record.name: record for record in records if record.name in mine and _is_whole(plan, record)}
     kept = {partial / name for name in (JOURNAL, *found)}  # without its journal it would be nobody's
-    for path in [*partial.rglob("*")]:
-        if path not in kept and (path.is_symlink() or not path.is_dir()):
+    for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in kept:
             path.unlink()
     lines = [plan.identity(), *(json.dumps(record.to_json()) for record in found.values())]
     replace_file(partial / JOURNAL, "".join(f"{line}\n" for line in lines).encode())

@@ -19,6 +19,8 @@ from mtrl.parallel.errors import ModelError, WeightError
 from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import parse_training_spec
 
+CACHE_BYTES = 128 * 2**20
+
 
 def checkpoint_map(config: ModelConfig) -> WeightMap:
     """The weights of a whole model as Megatron's checkpoints name them: one process's, in whole tensors.
@@ -46,7 +48,8 @@ class TorchDistSource:
     """A ``torch_dist`` checkpoint's weights by Hugging Face names, read chunk by chunk. A context manager.
 
     ``folder`` is the checkpoint (``iter_XXXXXXX``) or the folder above it, whose tracker file is followed.
-    Optimizer states and counters are not read. At most one stored chunk is in memory beside what is read.
+    Optimizer states and counters are not read. Stored chunks of up to `CACHE_BYTES`, or one, are kept beside
+    what is read: neighbours, such as an expert's halves and all experts' outputs, come out of few.
     ``leave_out`` are prefixes of Megatron's keys that are passed over, such as ``"mtp."``. Names are those of
     the family's format that has most of ``names``; the published one's where none are given.
 
@@ -68,7 +71,7 @@ class TorchDistSource:
         self._map = checkpoint_map(config).in_format_of(names)
         self._pieces: dict[str, list[Piece]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
-        self._last: tuple[Stretch, torch.Tensor] | None = None
+        self._cache: dict[Stretch, torch.Tensor] = {}  # the least recently used first
 
     def __enter__(self) -> Self:
         index = read_index(step_folder(self.folder))
@@ -85,7 +88,7 @@ class TorchDistSource:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._last = None
+        self._cache.clear()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, as the family publishes them."""
@@ -118,12 +121,24 @@ class TorchDistSource:
         shared = overlaps(target, source)
         if not shared:
             return 0
-        if self._last is None or self._last[0] != chunk.stretch:
-            self._last = None  # freed before the next is read
-            self._last = chunk.stretch, read_chunk(self.folder, chunk.stretch, chunk.shape, chunk.dtype)
-        values = self._last[1][chunk.inner.slices].reshape(chunk.box.shape)
+        values = self._values(chunk)[chunk.inner.slices].reshape(chunk.box.shape)
         values = values[stored.relative_to(chunk.box).slices]
         return sum(copy(out, target, values, source, each) for each in shared)
+
+    def _values(self, chunk: _Chunk) -> torch.Tensor:
+        """The whole stored chunk."""
+        found = self._cache.pop(chunk.stretch, None)
+        if found is None:
+            # Freed before the next is read.
+            while self._cache and _held(self._cache) + chunk.stretch.length > CACHE_BYTES:
+                del self._cache[next(iter(self._cache))]
+            found = read_chunk(self.folder, chunk.stretch, chunk.shape, chunk.dtype)
+        self._cache[chunk.stretch] = found
+        return found
+
+
+def _held(cache: Mapping[Stretch, torch.Tensor]) -> int:
+    return sum(each.nbytes for each in cache.values())
 
 
 def _chunks_by_name(index: Index, leave_out: tuple[str, ...]) -> dict[str, list[_Chunk]]:

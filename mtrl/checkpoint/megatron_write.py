@@ -32,7 +32,7 @@ from mtrl.models.sources import TensorSource
 from mtrl.models.weight_map import WeightMap
 from mtrl.parallel.errors import ModelError, OutputExistsError, WeightError
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 32 * 2**20
 FILE_BYTES = 4 * 2**30
 
 Layers = Literal["separate", "stacked"]

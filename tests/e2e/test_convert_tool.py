@@ -1,0 +1,216 @@
+"""``tools/convert_checkpoint.py`` as a user starts it: what it prints, leaves, survives and refuses."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtrl.checkpoint.load import verify
+from mtrl.checkpoint.torch_dist import read_index
+from mtrl.models.safetensors_header import read_headers
+from tests.e2e.jobs import ROOT, Finished, python
+from tests.family_toys import build_family_toy, save
+
+TOOL = str(ROOT / "tools" / "convert_checkpoint.py")
+SMALL_GB = str(20_000 / 2**30)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(build_family_toy("qwen3 moe", seed=4), tmp_path_factory.mktemp("convert") / "model")
+
+
+def tool(folder: Path, *arguments: str | Path) -> Finished:
+    return python(folder, TOOL, *map(str, arguments))
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every tensor's bytes."""
+    found: dict[str, bytes] = {}
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        found |= {name: data[each.begin : each.end] for name, each in read_headers(file).items()}
+    return found
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    done = tool(tmp_path, model, "out", "--to", "hf", "--shard-gb", SMALL_GB, "--dry-run")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith(f"hf {model} -> hf {tmp_path / 'out'}: qwen3_moe, 135 tensors, 0.00 GB\n")
+    assert "files: model-00001-of-" in done.out and "copied: generation_config.json" in done.out
+    assert "dtypes: 135 float32" in done.out and done.out.endswith("nothing was written (--dry-run)\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_and_back_with_logits_compared(model: Path, tmp_path: Path) -> None:
+    there = tool(tmp_path, model, "megatron", "--to", "torch_dist", "--verify", "logits")
+    assert there.status == 0, there.err
+    back = tool(tmp_path, "megatron", "back", "--to", "hf", "--config", model, "--verify", "logits")
+    assert back.status == 0, back.err
+    for done, whose in ((there, "mtrl"), (back, "transformers")):
+        assert "proved: 135 tensors, " in done.out and "; every bit of them compared with" in done.out
+        assert "proved: logits of 48 tokens within " in done.out and f"({whose} against mtrl)" in done.out
+    assert there.out.endswith("written: megatron\n") and back.out.endswith("written: back\n")
+    assert there.err == "", "nothing but progress, on terminals only"
+    assert weights(tmp_path / "back") == weights(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron"]
+
+
+def test_a_conversion_that_is_killed_goes_on(model: Path, tmp_path: Path) -> None:
+    command = [str(model), "out", "--to", "hf", "--shard-gb", SMALL_GB]
+    killing = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from mtrl.tools.convert_checkpoint import main
+write, calls = os.write, []
+def kill(descriptor, data):
+    if os.readlink(f"/proc/self/fd/{{descriptor}}").endswith(".safetensors"):
+        calls.append(descriptor)
+        if len(calls) == 20:
+            write(descriptor, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(descriptor, data)
+os.write = kill
+main(sys.argv[1:])
+"""
+    assert python(tmp_path, "-c", killing, *command).status == -signal.SIGKILL
+    partial = tmp_path / "out.partial"
+    lines = (partial / "finished.jsonl").read_text().splitlines()[1:]
+    done = {name: (partial / name).stat() for name in (json.loads(line)["name"] for line in lines)}
+    assert not (tmp_path / "out").exists() and len(done) > 10
+    again = tool(tmp_path, *command, "--verify", "full")
+    assert again.status == 0, again.err
+    for name, state in done.items():
+        now = (tmp_path / "out" / name).stat()
+        assert (now.st_ino, now.st_mtime_ns) == (state.st_ino, state.st_mtime_ns), name
+    assert weights(tmp_path / "out") == weights(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_control_c_ends_it_with_one_line(model: Path, tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from mtrl.tools.convert_checkpoint import main
+fsync = os.fsync
+def interrupt(descriptor):
+    os.fsync = fsync
+    os.kill(os.getpid(), signal.SIGINT)
+os.fsync = interrupt
+sys.exit(main(sys.argv[1:]))
+"""
+    done = python(tmp_path, "-c", code, str(model), "out", "--to", "hf")
+    assert done.status == 1
+    assert done.err == "stopped; the same command goes on from out.partial\n"
+
+
+def test_a_full_disk_is_an_error_of_one_line(model: Path, tmp_path: Path) -> None:
+    limited = ["prlimit", "--fsize=300000", sys.executable, TOOL, str(model), "out", "--to", "hf"]
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("OSError: [Errno 27] File too large: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# Protocol 0, written out by hand: os.mkdir("sung").
+EVIL = b"cposix\nmkdir\n(Vsung\ntR."
+
+
+@pytest.fixture(scope="module")
+def megatron(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("megatron")
+    done = tool(folder, model, "good", "--to", "torch_dist")
+    assert done.status == 0, done.err
+    return folder / "good"
+
+
+def put_archive(path: Path) -> None:
+    """An archive as ``torch.save`` writes it, with the pickle that makes a folder."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", EVIL)
+        archive.writestr("archive/version", "3\n")
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "__0_0.distcp"])
+def test_no_pickle_of_a_megatron_checkpoint_is_run(
+    model: Path, megatron: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(megatron, tmp_path / "evil")
+    path = tmp_path / "evil" / "release" / file
+    if file == ".metadata":
+        path.write_bytes(EVIL)
+    elif file == "common.pt":
+        put_archive(path)
+    else:
+        with path.open("r+b") as stream:
+            for stored in read_index(path.parent).tensors.values():
+                for _, stretch in stored.chunks:
+                    stream.seek(stretch.offset)
+                    stream.write(EVIL)
+    done = tool(tmp_path, "evil", "out", "--to", "hf", "--config", model)
+    assert done.status == 1
+    assert done.err.startswith(f"ModelError: {path}"), done.err
+    assert "names posix.mkdir" in done.err, done.err
+    assert not list(tmp_path.rglob("sung")) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["a bare pickle", "an archive"])
+def test_no_pickle_with_the_name_of_safetensors_is_run(model: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(model, tmp_path / "evil")
+    path = tmp_path / "evil" / "model.safetensors"
+    path.unlink()
+    path.write_bytes(EVIL) if content == "a bare pickle" else put_archive(path)
+    for to in ("hf", "mtrl", "torch_dist"):
+        done = tool(tmp_path, "evil", "out", "--to", to)
+        assert done.status == 1
+        assert done.err.startswith(f"ModelError: {path} is no whole safetensors file: "), done.err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["evil"]
+
+
+def test_folders_with_only_other_kinds_of_weights_are_not_read(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "evil").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "evil")
+    put_archive(tmp_path / "evil" / "pytorch_model.bin")
+    done = tool(tmp_path, "evil", "out", "--to", "hf")
+    assert done.status == 1 and "holds neither model.safetensors nor" in done.err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["evil"]
+
+
+def test_the_checkpoint_of_a_run_goes_on_with_its_training_state(checkpoint: Path, tmp_path: Path) -> None:
+    done = tool(tmp_path, checkpoint, checkpoint.name, "--to", "mtrl", "--with-optimizer", "--verify", "full")
+    assert done.status == 0, done.err
+    target = tmp_path / checkpoint.name
+    assert verify(target) == []
+    for path in (checkpoint / "training").iterdir():
+        assert (target / "training" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_checkpoint_of_a_run_opens_in_transformers_as_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = tool(tmp_path, checkpoint, "out", "--to", "hf", "--dtype", "bfloat16", "--verify", "logits")
+    assert done.status == 0, done.err
+    network, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert network.dtype == torch.bfloat16
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    expected = {n: t.bfloat16() for f in checkpoint.glob("*.safetensors") for n, t in load_file(f).items()}
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("1+1=")
+    assert not (tmp_path / "out" / "training").exists()
+
+
+def test_with_no_arguments_it_says_how_it_is_used(tmp_path: Path) -> None:
+    assert tool(tmp_path).status == 2
+    help_text = tool(tmp_path, "--help")
+    assert help_text.status == 0 and "--verify {names,full,logits}" in help_text.out
