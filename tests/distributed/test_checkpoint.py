@@ -130,6 +130,7 @@ def resharded(world: World, folder: Path, saved: dict[str, Any]) -> dict[str, An
     return found
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 def test_any_layout_opens_any_others_checkpoint_bit_by_bit(
@@ -138,6 +139,7 @@ def test_any_layout_opens_any_others_checkpoint_bit_by_bit(
     assert resharded[f"{source} bf16 as {target}"] == []  # with masters
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)
 @pytest.mark.parametrize("source", IN_FLOAT32)
 def test_so_it_is_without_masters(resharded: dict[str, Any], source: str, target: Layout) -> None:

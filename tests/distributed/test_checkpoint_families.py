@@ -13,6 +13,8 @@ from tests.distributed.world import World
 from tests.family_toys import FAMILY_TOYS, build_family_toy
 from tests.family_toys import save as save_toy
 
+pytestmark = pytest.mark.one_stack
+
 LAYOUTS = {
     True: ("megatron:(attn:d2|ffn:e2)", "megatron:(attn:t2|ffn:t2)"),
     False: ("megatron:d2", "megatron:t2"),

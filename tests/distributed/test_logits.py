@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.distributed.toy_runs import CASES, Case, Runs, each_case, load_toy, samples, write_toys
 from tests.distributed.world import World
 
+pytestmark = pytest.mark.one_stack
+
 LENGTHS = [9, 17, 1, 30, 12, 2, 24, 5]
 MAX_TOKENS = 40
 # float32 sums in another order, of logits of order 1. Measured on both stacks: 1.1e-6 at most.

@@ -15,6 +15,8 @@ from tests.distributed.toy_runs import each_case, samples
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy, save
 
+pytestmark = pytest.mark.one_stack
+
 TOYS = ("qwen3 moe", "deepseek v3", "gpt oss", "olmoe")
 SPECS = (
     "megatron:t2",

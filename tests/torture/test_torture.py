@@ -1,6 +1,7 @@
 """The short form of ``make torture``: some points of one run, and every damage to a file."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +44,13 @@ def test_a_second_rank_that_dies_takes_the_run_down_and_nothing_else(torture: To
     number = torture.points[1].index("write training/rng-00001-of-00002.safetensors")
     trial = Trial(job=torture.job.name, rank=1, number=number, what="rank 1 writes", action="kill")
     assert torture.run(trial) == ""
+
+
+@pytest.mark.vllm
+def test_so_it_is_in_rl_reference_and_sampling_included(tmp_path: Path) -> None:
+    world = World()
+    torture = Torture(world, tmp_path, next(job for job in JOBS if job.is_rl))
+    number = max(n for n, each in enumerate(torture.points[0]) if each == "before exchange of weights")
+    trial = Trial(job="grpo", rank=0, number=number, what="the last push or save", action="kill all")
+    assert torture.run(trial) == ""
+    world.close()
