@@ -63,7 +63,7 @@ def run_all(names: list[str], every: int) -> None:
             torture = Torture(world, Path(folder), job)
             for what, way, wrong in torture.damages():
                 rows.append({"job": job.name, "action": way, "what": what, "wrong": wrong, "commit": commit})
-            trials = list(torture.trials())[::every]
+            trials, num_run, began = list(torture.trials())[::every], 0, time.monotonic()
             for number, trial in enumerate(trials, start=1):
                 row = {"job": job.name, "rank": trial.rank, "number": trial.number, "what": trial.what}
                 row |= {"action": trial.action, "commit": commit}
@@ -73,7 +73,8 @@ def run_all(names: list[str], every: int) -> None:
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                left = (time.monotonic() - start) / number * (len(trials) - number) / 60
+                num_run += 1
+                left = (time.monotonic() - began) / num_run * (len(trials) - number) / 60
                 print(
                     f"{number}/{len(trials)}  {trial}  {row['wrong'] or 'holds'}  {left:.0f} min", flush=True
                 )
