@@ -6,8 +6,8 @@
     python tools/convert_checkpoint.py /models/DeepSeek-V3 deepseek_bf16 --to hf --verify full --dry-run
 
 What is given is recognised by its files; sizes come from its config.json. An interrupted conversion goes on
-when the same command is given again (to ``torch_dist`` it starts over). The target gets its name only when
-the proof holds; the exit status is 0 only then.
+when the same command is given again, with the files that were written whole. The target gets its name only
+when the proof holds; the exit status is 0 only then.
 """
 
 import argparse

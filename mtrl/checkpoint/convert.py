@@ -22,6 +22,7 @@ import torch
 from mtrl.checkpoint.convert_plan import JOURNAL, Plan, num_bytes, open_source
 from mtrl.checkpoint.format import MANIFEST, STATE, Manifest, RunState, json_bytes, problems
 from mtrl.checkpoint.megatron_write import write_torch_dist
+from mtrl.checkpoint.torch_dist import RELEASE, TRACKER
 from mtrl.models.boxes import Box
 from mtrl.models.durable import DurableFile, FileRecord, hash_file, replace_file, sync_folder, write_file
 from mtrl.models.files import SafetensorsWriter, TensorKind
@@ -71,8 +72,18 @@ def convert(plan: Plan, report: Report) -> None:
     done = _begin(plan)
     with open_source(plan.request.source, plan.source_format, plan.config) as source:
         if plan.request.to == "torch_dist":
-            watched, dtype = _Watched(plan, source, report), plan.request.dtype
-            write_torch_dist(plan.request.partial, plan.config, watched, dtype=dtype, leave_out=plan.left_out)
+            if (plan.request.partial / TRACKER).exists():
+                report(plan.num_bytes)
+                return
+            write_torch_dist(
+                plan.request.partial,
+                plan.config,
+                source,
+                dtype=plan.request.dtype,
+                leave_out=plan.left_out,
+                resume=True,  # `_begin` left nothing of another plan
+                report=report,
+            )
             return
         _write_shards(plan, source, done, report)
     for name, path in plan.copies.items():
@@ -96,28 +107,18 @@ def _check_source(plan: Plan) -> None:
         raise CheckpointError(f"{source} is damaged: {'; '.join(wrong[:10])}; convert another checkpoint")
 
 
-class _Watched:
-    """A source that reports how much of the plan is read from it."""
-
-    def __init__(self, plan: Plan, source: TensorSource, report: Report) -> None:
-        self._kinds, self._source, self._report = plan.kinds, source, report
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The source's."""
-        return self._source.shapes()
-
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """The elements of ``box``, reported as the bytes they are written as."""
-        values = self._source.read(name, box)
-        self._report(box.num_elements * self._kinds[name][0].itemsize)
-        return values
-
-
 def _begin(plan: Plan) -> dict[str, FileRecord]:
-    """The files of an interrupted conversion of the same plan that are whole; anything else is deleted."""
+    """The files of an interrupted conversion of the same plan that are whole; anything else is deleted.
+
+    What is left of a ``torch_dist`` checkpoint stays if it is of the same plan: its writer knows what is
+    whole.
+    """
     partial, found = plan.request.partial, dict[str, FileRecord]()
     identity, records = _journal(partial)
     if identity == plan.identity():
+        named, tracked = (partial / RELEASE).exists(), (partial / TRACKER).exists()
+        if plan.request.to == "torch_dist" and named == tracked:
+            return {}
         mine = {*plan.shards, *plan.copies}
         found = {record.name: record for record in records if record.name in mine and _is_whole(plan, record)}
     kept = {partial / name for name in (JOURNAL, *found)}  # without its journal it would be nobody's

@@ -4,9 +4,11 @@ Megatron-LM loads what is written here with ``--load``, ``--ckpt-format torch_di
 optimizer, ``--finetune``; under any layout of its own.
 """
 
+import itertools
+import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,6 +36,8 @@ from mtrl.parallel.errors import ModelError, OutputExistsError, WeightError
 
 CHUNK_BYTES = 32 * 2**20
 FILE_BYTES = 4 * 2**30
+WRITTEN = "written.jsonl"
+"""Names, while a checkpoint is written, the files that are whole and the chunks in them."""
 
 Layers = Literal["separate", "stacked"]
 
@@ -47,6 +51,8 @@ def write_torch_dist(
     iteration: int = 0,
     layers: Layers = "separate",
     leave_out: Collection[str] = (),
+    resume: bool = False,
+    report: Callable[[int], None] = lambda _: None,
 ) -> Path:
     """Write the weights of ``source`` as a ``torch_dist`` checkpoint below ``folder``. Returns its folder.
 
@@ -63,6 +69,9 @@ def write_torch_dist(
         layers: a tensor a layer, which Megatron-LM finds whatever the model, as ``content_metadata`` says so;
             or all layers' in one, which is what a Megatron model asks for by itself where all are alike.
         leave_out: names of ``source`` that are not to be written; the caller tells of them.
+        resume: go on with files that an interrupted call wrote whole; the caller knows that all arguments,
+            and the source, are those of that call.
+        report: told the bytes of each chunk, as it is written or found written.
 
     Raises:
         OutputExistsError: there is such a checkpoint already.
@@ -74,15 +83,18 @@ def write_torch_dist(
     if (folder / name).exists():
         raise OutputExistsError(f"{folder / name} exists; move it away or give another iteration")
     partial = folder / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer = _Writer(folder=partial, config=config, source=source, dtype=dtype, layers=layers)
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(folder=partial, config=config, source=source, dtype=dtype, layers=layers, report=report)
+    writer.restore()
     writer.write(weight_map)
     common = dump_common(
         _arguments(config), checkpoint_version=3.0, iteration=iteration, content_metadata=_content(layers)
     )
     _write_file(partial / "common.pt", common)
     _write_file(partial / "metadata.json", b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (partial / WRITTEN).unlink(missing_ok=True)
     _sync(partial)
     partial.rename(folder / name)
     _write_file(folder / f".{TRACKER}.partial", (str(iteration) if iteration else RELEASE).encode())
@@ -121,10 +133,56 @@ class _Writer:
     source: TensorSource
     dtype: torch.dtype | None
     layers: Layers
+    report: Callable[[int], None]
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     states: dict[str, Stretch] = field(default_factory=dict)
     _number: int = 0
     _offset: int = 0
+    _restored: set[tuple[str, Box]] = field(default_factory=set)
+
+    def restore(self) -> None:
+        """Take over the files that an interrupted writer finished, and delete what else it left."""
+        path = self.folder / WRITTEN
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        whole = list(itertools.takewhile(self._take_over, lines))
+        kept = {f"__0_{number}.distcp" for number in range(len(whole))}
+        for file in self.folder.iterdir():
+            if file.name not in kept:
+                file.unlink()
+        _write_file(path, b"".join(whole))
+
+    def _take_over(self, line: bytes) -> bool:
+        """The chunks of one finished file; False where the line or the file is not whole."""
+        path = self.folder / self._file
+        if not line.endswith(b"\n") or not path.is_file():
+            return False
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return False
+        if path.stat().st_size != record["num_bytes"]:
+            return False
+        for key, shape, dtype, ranges, offset, length in record["chunks"]:
+            box = Box(tuple((low, high) for low, high in ranges))
+            stretch = Stretch(file=self._file, offset=offset, length=length)
+            self._add(key, tuple(shape), getattr(torch, dtype), box, stretch)
+            self._restored.add((key, box))
+        self._number += 1
+        return True
+
+    def _finish_file(self) -> None:
+        """Force the file to disk, and note what is in it."""
+        _sync(self.folder / self._file)
+        chunks = [
+            (key, stored.shape, str(stored.dtype).removeprefix("torch."), box.ranges, at.offset, at.length)
+            for key, stored in self.tensors.items()
+            for box, at in stored.chunks
+            if at.file == self._file
+        ]
+        line = json.dumps({"num_bytes": self._offset, "chunks": chunks}) + "\n"
+        with (self.folder / WRITTEN).open("ab") as stream:
+            stream.write(line.encode())
+        self._number, self._offset = self._number + 1, 0
 
     def write(self, weight_map: WeightMap) -> None:
         """Write every tensor of the map, the empty states that modules ask for, and ``.metadata``."""
@@ -148,8 +206,7 @@ class _Writer:
 
     def _append(self, data: bytes) -> Stretch:
         if self._offset > FILE_BYTES:
-            _sync(self.folder / self._file)
-            self._number, self._offset = self._number + 1, 0
+            self._finish_file()
         with (self.folder / self._file).open("ab") as stream:
             stream.write(data)
         stretch = Stretch(file=self._file, offset=self._offset, length=len(data))
@@ -160,20 +217,29 @@ class _Writer:
         view = pieces[0].local
         layer, _ = split_layer(name)
         is_stacked = self.layers == "stacked" and layer is not None
+        keys = written_names(self.config, name)
+        shape = view.shape
+        if is_stacked:
+            keys = tuple(LAYERS + split_layer(key)[1] for key in keys)
+            shape = (self.config.num_layers, *view.shape)
         for box in _cuts(view):
-            values = self._assemble(view, box, pieces, dtype)
-            dtype = values.dtype
-            if is_stacked and layer is not None:
-                values, box = values[None], Box(((layer, layer + 1), *box.ranges))
-            stretch = self._append(dump(values))
-            for key in written_names(self.config, name):
-                key = LAYERS + split_layer(key)[1] if is_stacked else key
-                shape = (self.config.num_layers, *view.shape) if is_stacked else view.shape
-                before = self.tensors.get(key)
-                if before is not None and before.dtype != values.dtype:
-                    raise WeightError(f"{key}: {before.dtype} and {values.dtype} in one tensor; give a dtype")
-                chunks = (*(before.chunks if before else ()), (box, stretch))
-                self.tensors[key] = StoredTensor(shape=shape, dtype=values.dtype, chunks=chunks)
+            place = Box(((layer, layer + 1), *box.ranges)) if is_stacked and layer is not None else box
+            if all((key, place) in self._restored for key in keys):
+                dtype = self.tensors[keys[0]].dtype
+            else:
+                values = self._assemble(view, box, pieces, dtype)
+                dtype = values.dtype
+                stretch = self._append(dump(values[None] if is_stacked else values))
+                for key in keys:
+                    self._add(key, shape, dtype, place, stretch)
+            self.report(box.num_elements * dtype.itemsize)
+
+    def _add(self, key: str, shape: tuple[int, ...], dtype: torch.dtype, box: Box, stretch: Stretch) -> None:
+        before = self.tensors.get(key)
+        if before is not None and before.dtype != dtype:
+            raise WeightError(f"{key}: {before.dtype} and {dtype} in one tensor; give a dtype")
+        chunks = (*(before.chunks if before else ()), (box, stretch))
+        self.tensors[key] = StoredTensor(shape=shape, dtype=dtype, chunks=chunks)
 
     def _assemble(self, view: View, box: Box, pieces: list[Piece], dtype: torch.dtype | None) -> torch.Tensor:
         """``box`` of a stored tensor, from the Hugging Face tensors that it is made of."""

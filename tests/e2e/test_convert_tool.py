@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from mtrl.checkpoint.load import verify
+from mtrl.checkpoint.megatron_weights import checkpoint_map
 from mtrl.checkpoint.torch_dist import read_index
+from mtrl.models.families import load_model_config
+from mtrl.models.files import SafetensorsWriter
 from mtrl.models.safetensors_header import read_headers
 from tests.e2e.jobs import ROOT, Finished, python
 from tests.family_toys import build_family_toy, save
@@ -24,7 +27,9 @@ SMALL_GB = str(20_000 / 2**30)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(build_family_toy("qwen3 moe", seed=4), tmp_path_factory.mktemp("convert") / "model")
+    folder = tmp_path_factory.mktemp("convert")
+    save(build_family_toy("llama"), folder / "llama")
+    return save(build_family_toy("qwen3 moe", seed=4), folder / "model")
 
 
 def tool(folder: Path, *arguments: str | Path) -> Finished:
@@ -117,6 +122,44 @@ def test_a_full_disk_is_an_error_of_one_line(model: Path, tmp_path: Path) -> Non
     assert done.returncode == 1
     assert done.stderr.startswith("OSError: [Errno 27] File too large: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# A process inherits the peak of the one that started it: a small one starts it.
+PEAK = """
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(child.pid, 0)
+print(used.ru_maxrss // 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def peak_mib(folder: Path, *arguments: str | Path) -> int:
+    """The largest resident set of the tool's process."""
+    done = python(folder, "-c", PEAK, sys.executable, TOOL, *map(str, arguments))
+    assert done.status == 0, done.err
+    return int(done.out)
+
+
+def test_memory_does_not_grow_with_the_model(model: Path, tmp_path: Path) -> None:
+    names = {"vocab_size": 120_000, "hidden_size": 2048, "num_hidden_layers": 1}
+    config = json.loads((model.parent / "llama" / "config.json").read_text()) | names
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text(json.dumps(config | {"intermediate_size": 16_384}))
+    shapes = checkpoint_map(load_model_config(tmp_path / "big")).hf_shapes()
+    kinds = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    with SafetensorsWriter(tmp_path / "big" / "model.safetensors", kinds) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, torch.ones(shape, dtype=torch.bfloat16))
+        assert writer.close().num_bytes > 1_100 * 2**20
+    # 230 MiB are Python's and torch's, 470 the largest tensor's, which is never in memory as a whole.
+    full = ("--verify", "full", "--dtype", "float16")
+    assert peak_mib(tmp_path, "big", "hf", "--to", "hf", *full) < 690
+    assert peak_mib(tmp_path, "big", "megatron", "--to", "torch_dist", *full) < 690
+    shutil.rmtree(tmp_path / "hf")
+    assert peak_mib(tmp_path, "megatron", "hf", "--to", "hf", "--config", "big") < 690
+    for name in ("big", "hf", "megatron"):
+        shutil.rmtree(tmp_path / name)
 
 
 # Protocol 0, written out by hand: os.mkdir("sung").

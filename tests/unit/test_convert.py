@@ -40,6 +40,12 @@ def with_mtp(source: Path, folder: Path) -> Path:
     return write_folder(folder, tensors | prediction_layer(tensors, 4), config)
 
 
+@pytest.fixture(autouse=True)
+def nothing_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a mapped file count as the process's memory: everything is read in rows instead."""
+    monkeypatch.setattr("mtrl.models.sources.safe_open", None)
+
+
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toys(tmp_path_factory.mktemp("toys"), *FAMILY_TOYS)

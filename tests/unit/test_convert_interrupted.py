@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mtrl.checkpoint import megatron_write
 from mtrl.checkpoint import prove as prove_module
 from mtrl.checkpoint.convert import convert, finish, hold
 from mtrl.checkpoint.convert_plan import JOURNAL, Plan, make_plan
 from mtrl.checkpoint.prove import check_written, prove
+from mtrl.checkpoint.torch_dist import dump
 from mtrl.parallel.errors import CheckpointError
 from mtrl.tools.convert_checkpoint import main
 from tests.unit.convert_toys import (
@@ -27,6 +29,7 @@ from tests.unit.convert_toys import (
     journal,
     names_in,
     request,
+    run,
     tensors_of,
     write_toys,
 )
@@ -36,7 +39,9 @@ pytestmark = pytest.mark.one_stack
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toys(tmp_path_factory.mktemp("toys"), "llama", "mixtral", "gpt oss", "qwen3 moe")
+    return write_toys(
+        tmp_path_factory.mktemp("toys"), "llama", "mixtral", "gpt oss", "qwen3 moe", "deepseek v3"
+    )
 
 
 class Disk:
@@ -137,6 +142,80 @@ def test_what_was_damaged_since_is_written_again_and_what_is_strange_deleted(
     finish(plan)
     check_same(tmp_path / "out", tensors_of(toys / "mixtral"))
     assert "model.safetensors" not in names_in(tmp_path / "out")
+
+
+def torch_dist_interrupted(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, calls: int) -> Plan:
+    """A conversion to many small files that met a full disk at a chunk."""
+    monkeypatch.setattr(megatron_write, "FILE_BYTES", 30_000)
+    monkeypatch.setattr(megatron_write, "CHUNK_BYTES", 5000)
+    left = [None] * calls
+
+    def full(value: object) -> bytes:
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left.pop()
+        return dump(value)
+
+    plan = make_plan(request(source, target, to="torch_dist"))
+    with monkeypatch.context() as patch, hold(plan), pytest.raises(OSError, match="No space"):
+        patch.setattr(megatron_write, "dump", full)
+        convert(plan, ignore)
+    return plan
+
+
+@pytest.mark.parametrize("damage", ["none", "a file cut short", "a line cut short", "a line of zeros"])
+@pytest.mark.parametrize("calls", [3, 40, 90])
+@pytest.mark.parametrize("toy", ["qwen3 moe", "deepseek v3"])
+def test_torch_dist_goes_on_with_the_files_that_are_whole(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: str, calls: int, damage: str
+) -> None:
+    plan = torch_dist_interrupted(toys / toy, tmp_path / "out", monkeypatch, calls)
+    folder = plan.request.partial / ".release.partial"
+    journal, whole = folder / "written.jsonl", len((folder / "written.jsonl").read_bytes().splitlines())
+    assert bool(whole) == (calls > 3)
+    if damage == "a file cut short" and whole:
+        file = folder / f"__0_{whole // 2}.distcp"
+        file.write_bytes(file.read_bytes()[:-1])
+        whole //= 2
+    elif damage == "a line cut short" and whole:
+        journal.write_bytes(journal.read_bytes()[:-1])
+        whole -= 1
+    elif damage == "a line of zeros":
+        journal.write_bytes(journal.read_bytes() + b"\0" * 100 + b"\n")
+    before = [(folder / f"__0_{number}.distcp").stat() for number in range(whole)]
+    counts = [0]
+    with hold(plan):
+        convert(plan, counts.append)
+        list(prove(plan, level="full"))
+        finish(plan)
+    assert sum(counts) == plan.num_bytes
+    after = [(tmp_path / "out" / "release" / f"__0_{number}.distcp").stat() for number in range(whole)]
+    assert [(s.st_ino, s.st_mtime_ns) for s in after] == [(s.st_ino, s.st_mtime_ns) for s in before]
+    assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_torch_dist_of_a_source_that_changed_begins_from_the_start(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(toys / "qwen3 moe", tmp_path / "source")
+    torch_dist_interrupted(source, tmp_path / "out", monkeypatch, 40)
+    tensors = {name: -tensor for name, tensor in tensors_of(source).items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    run(source, tmp_path / "out", "torch_dist")
+    run(tmp_path / "out", tmp_path / "back", "hf", "--config", str(source))
+    check_same(tmp_path / "back", tensors)
+
+
+def test_torch_dist_that_was_whole_but_not_proved_is_only_proved(
+    toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, counts = make_plan(request(toys / "llama", tmp_path / "out", to="torch_dist")), [0]
+    with hold(plan):
+        convert(plan, ignore)
+        monkeypatch.setattr(megatron_write, "dump", None)
+        convert(plan, counts.append)
+        list(prove(plan, level="full"))
+    assert sum(counts) == plan.num_bytes
 
 
 @pytest.mark.parametrize("to", ["hf", "mtrl", "torch_dist"])
