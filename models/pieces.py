@@ -29,6 +29,11 @@ def read_stored(tensors: Tensors, piece: Piece) -> torch.Tensor:
     return _to_stored_dims(region, piece.hf).reshape(piece.stored.shape)
 
 
+def stored_region(tensors: Tensors, piece: Piece) -> torch.Tensor:
+    """A simple piece as a view in the checkpoint's factors: each stored dim is a run of its own dims."""
+    return _to_stored_dims(local_region(tensors, piece), piece.hf)
+
+
 def write_stored(tensors: Tensors, piece: Piece, stored: torch.Tensor) -> None:
     """Write ``stored`` (``piece.stored.shape``, any float dtype) into the parameter of a simple piece."""
     region = local_region(tensors, piece)

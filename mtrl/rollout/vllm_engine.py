@@ -8,7 +8,7 @@ import gc
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
-from mtrl.models.config import read_hf_config
 from mtrl.parallel.device import current_device
-from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
+from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec
-from mtrl.rollout import vllm_mends, vllm_process, vllm_short_paths
+from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
 from mtrl.rollout.loader_record import LoaderRecord
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.rng import preserved_rng_states
@@ -73,7 +72,7 @@ class VllmEngine:
         experts over the replica's ranks, else each expert is sliced. LayoutError if the spec does not fit
         the world, ModelError without a usable config, RolloutError if vLLM refuses.
         """
-        _check(model_dir, spec)
+        vllm_build.check_spec(model_dir, spec)
         arguments: dict[str, Any] = dict(
             model=str(model_dir), runner="generate", skip_tokenizer_init=True, load_format="dummy",
             dtype=dtype, seed=seed % 2**32, tensor_parallel_size=spec.tp,
@@ -81,7 +80,7 @@ class VllmEngine:
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             kv_cache_memory_bytes=kv_cache_bytes, enforce_eager=True, async_scheduling=False,
             logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
-            trust_remote_code=False, enable_prefix_caching=True, hf_overrides=_overrides(model_dir),
+            trust_remote_code=False, enable_prefix_caching=True, hf_overrides=vllm_build.overrides(model_dir),
         )  # fmt: skip
         if current_device().kind == "cpu":
             # A prompt that is prefilled in parts makes vLLM rewind its request's generator, which torch's
@@ -100,8 +99,8 @@ class VllmEngine:
             vllm_process.quiet_log()
             vllm_mends.install()
             vllm_mends.share_job_token()
-            llm = _build(arguments)
-            decode = _load_decoder(model_dir)
+            llm = vllm_build.build(arguments)
+            decode = vllm_build.load_decoder(model_dir)
             return cls(llm=llm, spec=spec, max_model_len=max_model_len, decode=decode, dtype=dtype)
 
     @property
@@ -132,6 +131,43 @@ class VllmEngine:
     def loader_record(self) -> LoaderRecord | None:
         """What this rank needs of each Hugging Face tensor; None before the first `load_weights`."""
         return self._loader.record
+
+    @property
+    def destinations(self) -> Mapping[str, Tensor]:
+        """This rank's live weights, by vLLM's names; they keep their storage."""
+        return self._loader.destinations
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return next(iter(self.destinations.values())).device
+
+    def plan_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> LoaderRecord:
+        """What this rank needs of Hugging Face tensors of these shapes. Collective over the replica.
+
+        WeightError when a name is unknown or missing.
+        """
+        return self._loader.prepare(shapes)
+
+    @contextmanager
+    def receiving(self, *, policy_version: int) -> Iterator[None]:
+        """Inside, weights are written to `destinations`; they are of ``policy_version`` when all ranks are
+        done.
+
+        Collective over WORLD. The engine refuses to sample until then, and after an error.
+        """
+        self._policy_version = None
+        yield
+        with torch.no_grad(), _as_guest():
+            vllm_mends.refresh_derived_weights(self._model)
+            self._reset_prefix_cache()
+        dist.barrier()
+        self._policy_version = policy_version
+
+    def replay(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write full tensors to all their places, as vLLM's loader would."""
+        for name, tensor in tensors.items():
+            self._loader.replay(name, tensor)
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
         """See `RolloutEngine.load_weights`; tensors of any float dtype, cast to the engine's."""
@@ -296,64 +332,6 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _check(model_dir: Path, spec: RolloutSpec) -> None:
-    if spec.backend != "vllm":
-        raise RolloutError(
-            f"{spec}: the only engine there is so far is vllm; write vllm:d{spec.dp}t{spec.tp}"
-        )
-    if spec.pp != 1:
-        raise RolloutError(f"{spec}: engine pipeline parallelism is not supported; use t in place of p")
-    if not dist.is_initialized():
-        raise RolloutError("torch.distributed must be initialised before the engine is created")
-    if dist.get_world_size() != spec.world_size:
-        raise LayoutError(
-            f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine "
-            f"lives on the trainer's ranks"
-        )
-    if not read_hf_config(model_dir).get("architectures"):
-        raise ModelError(
-            f"{model_dir / 'config.json'} names no architecture; write for instance "
-            '"architectures": ["Qwen3MoeForCausalLM"]'
-        )
-
-
-def _overrides(model_dir: Path) -> dict[str, Any]:
-    """What vLLM must be told that ``config.json`` does not say, or says of the files and not of the weights.
-
-    The trainer pushes dequantised weights. transformers 5 writes DeepSeek configs without two keys that vLLM
-    reads, and whose absence it takes for another router (model_executor/models/deepseek_v2.py).
-    """
-    config = read_hf_config(model_dir)
-    found: dict[str, Any] = {"quantization_config": None} if config.get("quantization_config") else {}
-    if "DeepseekV3ForCausalLM" in config["architectures"]:
-        router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-        found |= {key: value for key, value in router.items() if key not in config}
-    return found
-
-
-def _build(arguments: dict[str, Any]) -> Any:
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    try:
-        llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        # At exit, and when collected, it would destroy the trainer's torch.distributed.
-        llm.engine_core._finalizer.detach()
-        return llm
-    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RolloutError(f"vLLM cannot build an engine for {arguments['model']}: {error}") from error
-
-
-def _load_decoder(model_dir: Path) -> Any:
-    """A function from token ids to text; it gives "" where the folder holds no tokenizer."""
-    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return lambda tokens: ""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 def _requests(prompts: Sequence[Prompt], sampling: SamplingSettings) -> Iterator[tuple[Prompt, int]]:

@@ -41,6 +41,36 @@ class WeightLoader:
         """What this rank needs of each tensor; None before the first load that succeeded."""
         return self._record if self._is_complete else None
 
+    @property
+    def destinations(self) -> Mapping[str, Tensor]:
+        """The engine's live tensors that weights go to, by name."""
+        return self._destinations
+
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> LoaderRecord:
+        """Record what this rank needs of tensors of these shapes; collective over the replica.
+
+        Constants are written; weights are not. WeightError as `load` raises it.
+        """
+        error: WeightError | None = None
+        names = list(shapes)
+        try:
+            for start in range(0, len(names), _NAMES_PER_RECORDING):
+                self._extend({name: shapes[name] for name in names[start : start + _NAMES_PER_RECORDING]})
+            self._record.check_complete(self._destinations, self._parameters)
+        except WeightError as caught:
+            error = caught
+        failed = torch.tensor([0 if error is None else 1])
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
+        if failed.item():
+            self._forget()
+            raise error or WeightError("another rank of this engine refused the weights; its error says why")
+        self._check_record()
+        return self._record
+
+    def replay(self, name: str, tensor: Tensor) -> None:
+        """Write a full tensor to all its places."""
+        self._replay(name, tensor)
+
     def load(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Write every tensor of ``named``; collective over the replica, which all refuse or all accept.
 

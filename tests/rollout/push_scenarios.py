@@ -106,9 +106,10 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         _update(case, folder / f"v{version}", version, model, trainer, engine, push)
         for version in range(1, NUM_UPDATES + 1)
     ]
+    num_lacking = _num_lacking(model, engine)
     engine.shutdown()
     groups.destroy()
-    return {"updates": found, "lacking_bytes": 4 * _num_lacking(model)}
+    return {"updates": found, "lacking_bytes": 4 * num_lacking}
 
 
 def _update(
@@ -170,12 +171,17 @@ def _config_folder(case: Case, folder: Path) -> Any:
     return family_of(hf_config).read_config(hf_config)
 
 
-def _num_lacking(model: Model) -> int:
-    """Elements of the checkpoint that this rank does not hold, counted one by one."""
+def _num_lacking(model: Model, engine: VllmEngine) -> int:
+    """Elements that this rank's engine reads and its trainer does not hold, counted one by one."""
+    record = engine.loader_record
+    assert record is not None
     held = held_boxes(model.weight_map)[model.groups.rank]
     num_lacking = 0
     for name, shape in model.weight_map.hf_shapes().items():
-        lacks = torch.ones(shape, dtype=torch.bool)
+        lacks = torch.zeros(shape, dtype=torch.bool)
+        for copy in record.copies:
+            if copy.source == name:
+                copy.source_region.of(lacks).fill_(True)
         for box in held.get(name, ()):
             lacks[box.slices] = False
         num_lacking += int(lacks.sum())

@@ -138,7 +138,7 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
     machine = re.compile(rf"(?<![\w.$}}*-])/(?:{folders})/[\w.]")
     address = re.compile(r"https?://(?P<host>[^\s/\"'`)>:]+)|\b\d{1,3}(?:\.\d{1,3}){3}\b")
     hosts = {"github.com", "arxiv.org", "docs.pytorch.org", "www.apache.org", "huggingface.co", "doi.org"}
-    hosts |= {"www.w3.org"}  # the name space of SVG files
+    hosts |= {"www.w3.org", "json-schema.org"}  # the name spaces of SVG files and of JSON schemas
     addresses = {"127.0.0.1", "0.0.0.0"}
     found = []
     for path in house.files():

@@ -1,0 +1,72 @@
+"""What a vLLM engine is built from: checks, what its config must be told, the engine, the tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mtrl.models.config import read_hf_config
+from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
+from mtrl.parallel.spec import RolloutSpec
+
+
+def check_spec(model_dir: Path, spec: RolloutSpec) -> None:
+    """Check what can be before vLLM is imported: see `VllmEngine.create` for the errors."""
+    if spec.backend != "vllm":
+        raise RolloutError(
+            f"{spec}: the only engine there is so far is vllm; write vllm:d{spec.dp}t{spec.tp}"
+        )
+    if spec.pp != 1:
+        raise RolloutError(f"{spec}: engine pipeline parallelism is not supported; use t in place of p")
+    if not dist.is_initialized():
+        raise RolloutError("torch.distributed must be initialised before the engine is created")
+    if dist.get_world_size() != spec.world_size:
+        raise LayoutError(
+            f"{spec} is for {spec.world_size} ranks, but {dist.get_world_size()} are running; the engine "
+            f"lives on the trainer's ranks"
+        )
+    if not read_hf_config(model_dir).get("architectures"):
+        raise ModelError(
+            f"{model_dir / 'config.json'} names no architecture; write for instance "
+            '"architectures": ["Qwen3MoeForCausalLM"]'
+        )
+
+
+def overrides(model_dir: Path) -> dict[str, Any]:
+    """What vLLM must be told that ``config.json`` does not say, or says of the files and not of the weights.
+
+    The trainer pushes dequantised weights. transformers 5 writes DeepSeek configs without two keys that vLLM
+    reads, and whose absence it takes for another router (model_executor/models/deepseek_v2.py).
+    """
+    config = read_hf_config(model_dir)
+    found: dict[str, Any] = {"quantization_config": None} if config.get("quantization_config") else {}
+    if "DeepseekV3ForCausalLM" in config["architectures"]:
+        router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+        found |= {key: value for key, value in router.items() if key not in config}
+    return found
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """vLLM's engine for these arguments, one that leaves torch.distributed alone; RolloutError if it
+    refuses.
+    """
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    try:
+        llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        # At exit, and when collected, it would destroy the trainer's torch.distributed.
+        llm.engine_core._finalizer.detach()
+        return llm
+    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RolloutError(f"vLLM cannot build an engine for {arguments['model']}: {error}") from error
+
+
+def load_decoder(model_dir: Path) -> Any:
+    """A function from token ids to text; it gives "" where the folder holds no tokenizer."""
+    if not any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return lambda tokens: ""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True)
