@@ -23,8 +23,8 @@ from mtrl.checkpoint.torch_dist import (
     TRACKER,
     StoredTensor,
     Stretch,
-    dump,
     dump_common,
+    dump_into,
     dump_metadata,
 )
 from mtrl.models.boxes import Box, Piece, View
@@ -190,7 +190,7 @@ class _Writer:
         by_name: dict[str, list[Piece]] = {}
         for piece in weight_map.of_rank(0).pieces:
             by_name.setdefault(piece.local.name, []).append(piece)
-        empty = self._append(dump([None]))
+        empty = self._append([None])
         for name, pieces in by_name.items():
             is_kept = self.dtype is not None and pieces[0].hf.name in kept
             dtype = torch.float32 if is_kept else self.dtype
@@ -204,13 +204,14 @@ class _Writer:
     def _file(self) -> str:
         return f"__0_{self._number}.distcp"
 
-    def _append(self, data: bytes) -> Stretch:
+    def _append(self, value: object) -> Stretch:
         if self._offset > FILE_BYTES:
             self._finish_file()
         with (self.folder / self._file).open("ab") as stream:
-            stream.write(data)
-        stretch = Stretch(file=self._file, offset=self._offset, length=len(data))
-        self._offset += len(data)
+            dump_into(value, stream)
+            length = stream.tell() - self._offset
+        stretch = Stretch(file=self._file, offset=self._offset, length=length)
+        self._offset += length
         return stretch
 
     def _write_tensor(self, name: str, pieces: list[Piece], dtype: torch.dtype | None) -> None:
@@ -229,7 +230,7 @@ class _Writer:
             else:
                 values = self._assemble(view, box, pieces, dtype)
                 dtype = values.dtype
-                stretch = self._append(dump(values[None] if is_stacked else values))
+                stretch = self._append(values[None] if is_stacked else values)
                 for key in keys:
                     self._add(key, shape, dtype, place, stretch)
             self.report(box.num_elements * dtype.itemsize)
@@ -285,14 +286,14 @@ def _pieces_in(box: Box, pieces: list[Piece]) -> Iterator[Piece]:
 
 
 def _cuts(view: View) -> Iterator[Box]:
-    """A tensor in boxes of at most ``CHUNK_BYTES`` of float32, along its outermost factor."""
-    outer = view.factors[0][0]
-    rows = view.shape[0] // outer
-    each = 4 * rows * torch.Size(view.shape[1:]).numel()
-    step = max(1, CHUNK_BYTES // each)
-    for start in range(0, outer, step):
-        stop = min(start + step, outer)
-        yield Box(((start * rows, stop * rows), *((0, size) for size in view.shape[1:])))
+    """A tensor in boxes of at most ``CHUNK_BYTES`` of float32, or a row; of whole outermost factors where
+    that is less than a box.
+    """
+    rows, inner = view.shape[0], view.shape[0] // view.factors[0][0]
+    step = max(1, CHUNK_BYTES // max(1, 4 * torch.Size(view.shape[1:]).numel()))
+    step -= step % inner if step >= inner else 0
+    for start in range(0, rows, step):
+        yield Box(((start, min(start + step, rows)), *((0, size) for size in view.shape[1:])))
 
 
 def _content(layers: Layers) -> dict[str, bool]:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -252,6 +252,37 @@ def _sizes(value: object) -> tuple[int, ...]:
     return value
 
 
+class _Window(io.RawIOBase):
+    """A stretch of an open file, as a file: what is read of it is not copied twice."""
+
+    def __init__(self, stream: io.FileIO, stretch: Stretch) -> None:
+        super().__init__()
+        self._stream, self._start, self._length, self._at = stream, stretch.offset, stretch.length, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to an offset within the stretch."""
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read at most to the end of the stretch."""
+        wanted = min(len(buffer), self._length - self._at)
+        if wanted <= 0:
+            return 0
+        self._stream.seek(self._start + self._at)
+        count = self._stream.readinto(memoryview(buffer)[:wanted])
+        self._at += count
+        return count
+
+
 def read_chunk(folder: Path, stretch: Stretch, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A stored chunk, on the CPU.
 
@@ -259,11 +290,10 @@ def read_chunk(folder: Path, stretch: Stretch, shape: tuple[int, ...], dtype: to
         ModelError: the bytes are not one tensor of this shape and dtype. Nothing in them is run.
     """
     where = f"{folder / stretch.file}, {stretch.length} bytes at {stretch.offset}"
-    with (folder / stretch.file).open("rb") as stream:
-        stream.seek(stretch.offset)
-        stored = io.BytesIO(stream.read(stretch.length))
     try:
-        tensor = torch.load(stored, map_location="cpu", weights_only=True)
+        with (folder / stretch.file).open("rb", buffering=0) as stream:
+            window: Any = _Window(stream, stretch)
+            tensor = torch.load(window, map_location="cpu", weights_only=True)
     except Exception as error:  # a malformed archive raises anything
         # torch's own message advises to load it without this protection.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -302,6 +332,11 @@ def _read_archive(data: bytes, path: Path) -> Any:
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise ModelError(f"{path} is not an archive of torch.save ({error}); copy it again") from error
     return _unpickle(io.BytesIO(content), _COMMON_NAMES, path)
+
+
+def dump_into(value: object, stream: IO[bytes]) -> None:
+    """Append ``value`` to a file as ``torch.save`` writes it."""
+    torch.save(value, stream)
 
 
 def dump(value: object) -> bytes:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from mtrl.checkpoint import prove as prove_module
 from mtrl.checkpoint.convert import convert, finish, hold
 from mtrl.checkpoint.convert_plan import JOURNAL, Plan, make_plan
 from mtrl.checkpoint.prove import check_written, prove
-from mtrl.checkpoint.torch_dist import dump
+from mtrl.checkpoint.torch_dist import dump_into
 from mtrl.parallel.errors import CheckpointError
 from mtrl.tools.convert_checkpoint import main
 from tests.unit.convert_toys import (
@@ -150,15 +150,16 @@ def torch_dist_interrupted(source: Path, target: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(megatron_write, "CHUNK_BYTES", 5000)
     left = [None] * calls
 
-    def full(value: object) -> bytes:
+    def full(value: object, stream: IO[bytes]) -> None:
         if not left:
+            stream.write(b"half of a chunk")
             raise OSError(errno.ENOSPC, "No space left on device")
         left.pop()
-        return dump(value)
+        dump_into(value, stream)
 
     plan = make_plan(request(source, target, to="torch_dist"))
     with monkeypatch.context() as patch, hold(plan), pytest.raises(OSError, match="No space"):
-        patch.setattr(megatron_write, "dump", full)
+        patch.setattr(megatron_write, "dump_into", full)
         convert(plan, ignore)
     return plan
 
@@ -212,7 +213,7 @@ def test_torch_dist_that_was_whole_but_not_proved_is_only_proved(
     plan, counts = make_plan(request(toys / "llama", tmp_path / "out", to="torch_dist")), [0]
     with hold(plan):
         convert(plan, ignore)
-        monkeypatch.setattr(megatron_write, "dump", None)
+        monkeypatch.setattr(megatron_write, "dump_into", None)
         convert(plan, counts.append)
         list(prove(plan, level="full"))
     assert sum(counts) == plan.num_bytes
