@@ -5,6 +5,7 @@ The plan is ``transfers.py``'s; here it is cut into rounds of bounded size and c
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -170,26 +171,37 @@ def _rounds(
     world_size: int,
     bucket_bytes: int,
 ) -> Iterator[_Round]:
-    """Cut the plan by names so that a rank's share of a round stays near ``bucket_bytes``."""
+    """Cut the plan by names so that what any rank sends, or receives, in a round stays near
+    ``bucket_bytes``.
+    """
     by_name: dict[str, list[Transfer]] = {name: [] for name in names}
     for transfer in transfers:
         if transfer.name in by_name:
             by_name[transfer.name].append(transfer)
     group: list[str] = []
-    size = 0
-    for name in [*names, ""]:
-        num_bytes = 4 * torch.Size(shapes[name]).numel() if name else 0
-        if group and (not name or size + num_bytes > bucket_bytes):
-            chosen = [transfer for each in group for transfer in by_name[each]]
-            yield _Round(
-                names=tuple(group),
-                sends=tuple(
-                    tuple(t for t in chosen if t.source == rank and t.target == r) for r in range(world_size)
-                ),
-                receives=tuple(
-                    tuple(t for t in chosen if t.target == rank and t.source == r) for r in range(world_size)
-                ),
-            )
-            group, size = [], 0
+    loads: Counter[tuple[str, int]] = Counter()
+    for name in names:
+        own: Counter[tuple[str, int]] = Counter()
+        for transfer in by_name[name]:
+            own["from", transfer.source] += 4 * transfer.box.num_elements
+            own["to", transfer.target] += 4 * transfer.box.num_elements
+        if group and any(loads[key] + size > bucket_bytes for key, size in own.items()):
+            yield _one_round(group, by_name, rank, world_size)
+            group, loads = [], Counter()
         group.append(name)
-        size += num_bytes
+        loads.update(own)
+    if group:
+        yield _one_round(group, by_name, rank, world_size)
+
+
+def _one_round(
+    group: Sequence[str], by_name: Mapping[str, Sequence[Transfer]], rank: int, world_size: int
+) -> _Round:
+    sends: list[list[Transfer]] = [[] for _ in range(world_size)]
+    receives: list[list[Transfer]] = [[] for _ in range(world_size)]
+    for transfer in (transfer for name in group for transfer in by_name[name]):
+        if transfer.source == rank:
+            sends[transfer.target].append(transfer)
+        if transfer.target == rank:
+            receives[transfer.source].append(transfer)
+    return _Round(names=tuple(group), sends=tuple(map(tuple, sends)), receives=tuple(map(tuple, receives)))

@@ -93,8 +93,9 @@ def write_hf(
 ) -> None:
     """Give ``out`` this rank's files of a Hugging Face folder: safetensors shards, index and ``config.json``.
 
-    Collective over WORLD. Every tensor is written once; ranks write different shards side by side, and none
-    holds more than its parameters and ``bucket_bytes`` or one tensor. ``dtype`` defaults to the parameters'
+    Collective over WORLD. Every tensor is written once; ranks write different shards side by side. Besides
+    its parameters a rank holds at most about four times ``bucket_bytes``, or as often its largest tensor:
+    what it sends, twice, and what it receives, twice. ``dtype`` defaults to the parameters'
     own; tensors that the weight table fixes to one keep it, and carried tensors are written as they were
     read, in shards of their own. Nothing is quantised. ``shard_bytes`` defaults to an equal share for each
     rank, within `SMALLEST_SHARD_BYTES` and `LARGEST_SHARD_BYTES`.
@@ -102,7 +103,7 @@ def write_hf(
     rank, world_size = model.groups.rank, model.groups.layout.world_size
     dtype = dtype or next(iter(model.parameters().values())).dtype
     sizes = _sizes(model, dtype)
-    shards = list(shard_names(sizes, shard_bytes or _share(sum(sizes.values()), world_size)))
+    shards = list(shard_names(sizes, shard_bytes or _share(sizes, world_size)))
     carried = list(_carried_shards(model, shard_bytes or LARGEST_SHARD_BYTES))
     files = _file_names(len(shards) + len(carried))
     for start in range(0, len(shards), world_size):
@@ -138,8 +139,10 @@ def _carried_shards(model: Model, shard_bytes: int) -> Iterator[tuple[int, list[
             yield owner, names
 
 
-def _share(num_bytes: int, world_size: int) -> int:
-    return min(max(-(-num_bytes // world_size), SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES)
+def _share(sizes: Mapping[str, int], world_size: int) -> int:
+    """Bytes of a file, so that no more of them than ranks are needed where they stay within the limits."""
+    share = -(-sum(sizes.values()) // world_size) + max(sizes.values())
+    return min(max(share, SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

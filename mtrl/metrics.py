@@ -172,7 +172,7 @@ class MetricsWriter:
     the next step of a resumed run.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, *, first_step: int = 1) -> None:
+    def __init__(self, folder: RunFolder, config: Config, *, first_step: int | None = None) -> None:
         self._folder = folder
         self._tensorboard: SummaryWriter | None = None
         self._wandb: Any = None
@@ -217,12 +217,11 @@ class MetricsWriter:
             self._wandb.log(numbers | {"step": step})
 
 
-def _start_tensorboard(folder: RunFolder, first_step: int) -> "SummaryWriter":
+def _start_tensorboard(folder: RunFolder, first_step: int | None) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
     # Events of steps that are made again are hidden.
-    purge = {"purge_step": first_step} if first_step > 1 else {}
-    return SummaryWriter(str(folder.tensorboard_path), **purge)
+    return SummaryWriter(str(folder.tensorboard_path), purge_step=first_step)
 
 
 def _start_wandb(folder: RunFolder, config: Config) -> Any:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.checkpoint.format import PhaseName
-from mtrl.checkpoint.reference import reference_path
+from mtrl.checkpoint.reference import load_reference
 from mtrl.checkpoint.save import Checkpointer, copy_tokenizer
 from mtrl.config import Config
 from mtrl.data.order import DataCursor
@@ -62,7 +62,8 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         asynchronous=config.checkpoint.asynchronous,
     )
     step = resumed.state.step if resumed else 0
-    with MetricsWriter(folder, config, first_step=step + 1) as writer:
+    first_step = step + 1 if config.if_exists == "resume" else None
+    with MetricsWriter(folder, config, first_step=first_step) as writer:
         session = Session(
             job=job,
             folder=folder,
@@ -123,7 +124,7 @@ def _load(job: Job, model: Model, folder: RunFolder, resumed: Resumed | None) ->
         load_hf(model, Path(config.model.path)) if config.model.path else initialize(model, config.seed)
         return None
     if config.algorithm.kl_coef and resumed.state.phase == "main":
-        load_hf(model, reference_path(folder.checkpoints_path))
+        load_reference(model, folder.checkpoints_path)
         reference = [tensor.detach().cpu().clone() for tensor in model.tensors().values()]
     load_hf(model, resumed.checkpoint)
     return reference

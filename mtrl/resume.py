@@ -4,19 +4,18 @@ The layout, the number of ranks and Megatron's version may differ from those tha
 layout a run goes on bit for bit as if it had never stopped.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from mtrl.checkpoint.folder import clean, step_path, steps
+from mtrl.checkpoint.folder import LATEST, clean, point_latest, step_path, steps
 from mtrl.checkpoint.format import RUN_CONFIG, PhaseName, RunState, read_json
 from mtrl.checkpoint.load import newest_whole
 from mtrl.config import Config
 from mtrl.data.order import DataCursor
 from mtrl.parallel.agreement import agree, gather_json
+from mtrl.parallel.errors import CheckpointError
 from mtrl.preflight import Job
 from mtrl.resume_check import check_fits
 from mtrl.run_folder import RunFolder
@@ -64,28 +63,47 @@ def find(job: Job, folder: RunFolder) -> Resumed | None:
     if config.if_exists != "resume":
         return None
     left_over: list[str] = []
-    error: OSError | None = None
-    if folder.is_writer:
-        try:
-            left_over = clean(checkpoints)
-        except OSError as failed:
-            error = failed
-    agree(error)
+    agree(_on_writer(folder, lambda: left_over.extend(clean(checkpoints))))
     messages = [f"deleted what a stopped run left unfinished: {name}" for name in left_over]
     if not gather_json(steps(checkpoints))[0]:
-        if folder.is_writer:
-            folder.rewind(0, 0)
+        if (checkpoints / LATEST).exists():
+            raise CheckpointError(
+                f"{checkpoints} has {LATEST} and none of the checkpoints it speaks of; bring them back, or "
+                "start anew with if_exists=replace, which moves the folder aside"
+            )
+        agree(_on_writer(folder, lambda: _forget(folder, 0, 0)))
         return None
     checkpoint, damaged = newest_whole(checkpoints, may_go_back=config.checkpoint.on_damage == "previous")
     state = RunState.read(checkpoint)
     check_fits(job, checkpoint, state)
-    if folder.is_writer:
+
+    def rewind() -> None:
         _put_aside(checkpoints, state.step)
-        folder.rewind(state.metrics_bytes, state.evaluations_bytes)
-    dist.barrier()
+        point_latest(checkpoints, state.step)
+        _forget(folder, state.metrics_bytes, state.evaluations_bytes)
+
+    agree(_on_writer(folder, rewind))
     messages += [f"passed over: {each}" for each in damaged]
     messages += _changes(config, checkpoint)
     return Resumed(checkpoint=checkpoint, state=state, messages=tuple(messages))
+
+
+def _on_writer(folder: RunFolder, action: Callable[[], object]) -> OSError | None:
+    """Do something on rank 0 alone; what it met."""
+    if folder.is_writer:
+        try:
+            action()
+        except OSError as error:
+            return error
+    return None
+
+
+def _forget(folder: RunFolder, metrics_bytes: int, evaluations_bytes: int) -> None:
+    """Take away what says that more steps were made than the checkpoint has."""
+    folder.rewind(metrics_bytes, evaluations_bytes)
+    folder.summary_path.unlink(missing_ok=True)
+    for path in folder.path.glob(".*.tmp"):
+        path.unlink()
 
 
 def _put_aside(checkpoints: Path, step: int) -> None:

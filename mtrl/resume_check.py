@@ -3,7 +3,17 @@
 from pathlib import Path
 
 from mtrl.checkpoint.folder import step_path, steps
-from mtrl.checkpoint.format import RUN_CONFIG, PhaseName, RunState, read_json
+from mtrl.checkpoint.format import (
+    MANIFEST,
+    REFERENCE,
+    RUN_CONFIG,
+    STATE,
+    Manifest,
+    PhaseName,
+    RunState,
+    problems,
+    read_json,
+)
 from mtrl.parallel.errors import CheckpointError, ConfigError
 from mtrl.preflight import Job
 
@@ -22,8 +32,10 @@ def check_before_start(job: Job) -> None:
         return
     newest = step_path(checkpoints, present[-1])
     try:
+        files = [each for each in Manifest.read(newest).files if each.name in (STATE, RUN_CONFIG)]
+        if len(files) < 2 or problems(newest, files):
+            return
         state = RunState.read(newest)
-        read_json(newest / RUN_CONFIG)
     except CheckpointError:
         return  # damaged; `resume.find` says so, with what else there is
     check_fits(job, newest, state)
@@ -34,8 +46,10 @@ def check_fits(job: Job, checkpoint: Path, state: RunState) -> None:
 
     Raises:
         ConfigError: what differs, and what to write.
+        CheckpointError: it was written without optimizer state.
     """
     config, then = job.config, read_json(checkpoint / RUN_CONFIG)
+    reference = checkpoint.parent / REFERENCE
     fixed = {
         "seed": (state.seed, config.seed),
         "model.precision": (state.precision, config.model.precision),
@@ -50,6 +64,12 @@ def check_fits(job: Job, checkpoint: Path, state: RunState) -> None:
         raise CheckpointError(
             f"{checkpoint} was written with checkpoint.contents=weights, without what a run needs to go on; "
             f"start a new one from it with model.path={checkpoint}"
+        )
+    if config.algorithm.kl_coef and state.phase == "main" and not (reference / MANIFEST).is_file():
+        raise ConfigError(
+            f"algorithm.kl_coef: given {config.algorithm.kl_coef:g}, but {reference} is not there: the run "
+            "kept no reference at its first rollout; write algorithm.kl_coef=0, or start a new run from the "
+            f"checkpoint with model.path={checkpoint}"
         )
     data, num_records = _data_of(job, state.phase)
     if num_records != state.num_records:

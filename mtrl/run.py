@@ -4,6 +4,7 @@ import shlex
 
 from mtrl.config import WarmStartSection
 from mtrl.opening import open_session
+from mtrl.parallel.errors import MismatchError, NonFiniteError
 from mtrl.preflight import Job
 from mtrl.progress import ComparisonRow, print_comparison
 from mtrl.rl import train_rl
@@ -22,13 +23,16 @@ def run(job: Job, folder: RunFolder, started_at: float) -> None:
                     _sft(session)
                 else:
                     _grpo(session)
+                session.finish()
+        except (MismatchError, NonFiniteError):
+            session.checkpointer.wait()  # all ranks are here; what is being written is of a step before
+            raise
         except Stopped:
             session.progress.message(
                 f"stopped after step {session.step}, as asked, with a checkpoint; the same command with "
                 "if_exists=resume goes on"
             )
             return
-        session.finish()
     if folder.is_writer:
         _print_end(session)
 

@@ -5,6 +5,8 @@
     output_dir/
       config.yaml         the resolved config
       .lock               held by the run while it goes on
+      superseded.jsonl    lines of steps that were made again
+      engine/             config and tokenizer for vLLM, RL only
       metrics.jsonl       one JSON object a step
       evaluations.jsonl   one JSON object an evaluation
       tensorboard/        the same numbers as events
@@ -19,6 +21,7 @@ would be a race instead: the folder that rank 0 has just made would be refused b
 nodes ``output_dir`` must be the same shared folder on all of them.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -94,8 +97,10 @@ class RunFolder:
                 raise CheckpointError(f"{error.filename} cannot be written: {error.strerror}") from error
 
     def sync(self, path: Path) -> int:
-        """Force a ``.jsonl`` file to disk; its size in bytes, 0 where there is none."""
-        if not path.is_file():
+        """On rank 0: force a ``.jsonl`` file to disk; its size in bytes. 0 elsewhere, and where there is
+        none.
+        """
+        if not self.is_writer or not path.is_file():
             return 0
         with path.open("rb") as file:
             try:
@@ -150,6 +155,7 @@ def open_run_folder(config: Config, *, rank: int | None = None) -> RunFolder:
             _reopen(folder.path, config.to_yaml())
         else:
             if taken:
+                _check_unlocked(folder.path)
                 _make_way(folder.path, config.if_exists == "replace")
             _claim(folder.path, config.to_yaml())
         _lock(folder.path)
@@ -213,7 +219,17 @@ def _reopen(path: Path, config_yaml: str) -> None:
             "output_dir=ANOTHER_FOLDER, or if_exists=replace, which moves it aside"
         )
     _lock(path)
-    write_atomically(path / "config.yaml", config_yaml)
+    try:
+        write_atomically(path / "config.yaml", config_yaml)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {path} cannot be written to: {error.strerror}") from error
+
+
+def _check_unlocked(path: Path) -> None:
+    """Raise OutputExistsError if a run that still goes on holds the folder."""
+    if (path / ".lock").is_file():
+        _lock(path)
+        os.close(_LOCKS.pop(path.resolve()))
 
 
 def _lock(path: Path) -> None:
@@ -224,7 +240,10 @@ def _lock(path: Path) -> None:
     resolved = path.resolve()
     if resolved in _LOCKS:
         return
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {path} cannot be written to: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -233,9 +252,10 @@ def _lock(path: Path) -> None:
             f"output_dir: {path} belongs to a run that is still going; wait for it, stop it, or write "
             "output_dir=ANOTHER_FOLDER"
         ) from error
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # A file system without locks: two runs on one folder are then not noticed.
     _LOCKS[resolved] = descriptor
 
 

@@ -24,7 +24,7 @@ def gather_json(value: Any, group: Group = None) -> list[Any]:
     if not dist.is_initialized():
         return [json.loads(text)]
     rows = all_gather_ragged(torch.frombuffer(bytearray(text), dtype=torch.uint8), group)
-    return [json.loads(bytes(row.tolist())) for row in rows]
+    return [json.loads(row.numpy().tobytes()) for row in rows]
 
 
 def all_gather_ragged(values: Tensor, group: Group = None) -> list[Tensor]:

@@ -30,6 +30,7 @@ FORMAT, VERSION = "mtrl checkpoint", 1
 MANIFEST = "manifest.json"
 STATE = "training/state.json"
 RUN_CONFIG = "training/config.json"
+REFERENCE = "reference"
 
 PhaseName = Literal["warm_start", "main"]
 
@@ -133,20 +134,23 @@ class Manifest:
         path = checkpoint / MANIFEST
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: {checkpoint} is no whole checkpoint")
-        data = path.read_bytes()
         record = read_json(path)
         _check_version(path, record)
         body = {key: value for key, value in record.items() if key != "sha256"}
-        if record.get("sha256") != _digest(body) or json_bytes(record) != data:
-            raise CheckpointError(f"{path} is damaged: its own checksum does not fit")
-        files = tuple(
-            FileRecord(name=name, num_bytes=entry["bytes"], sha256=entry["sha256"])
-            for name, entry in record["files"].items()
-        )
+        try:
+            if record.get("sha256") != _digest(body) or json_bytes(record) != path.read_bytes():
+                raise CheckpointError(f"{path} is damaged: its own checksum does not fit")
+            files = tuple(
+                FileRecord(name=name, num_bytes=entry["bytes"], sha256=entry["sha256"])
+                for name, entry in record["files"].items()
+            )
+            step = int(record["step"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no manifest: {error!r}") from error
         for each in files:
             if Path(each.name).is_absolute() or ".." in Path(each.name).parts:
                 raise CheckpointError(f"{path} names {each.name!r}, which is outside the checkpoint")
-        return cls(step=record["step"], files=files)
+        return cls(step=step, files=files)
 
 
 def problems(checkpoint: Path, records: Sequence[FileRecord]) -> list[str]:
@@ -154,13 +158,15 @@ def problems(checkpoint: Path, records: Sequence[FileRecord]) -> list[str]:
     found = []
     for record in records:
         path = checkpoint / record.name
-        if not path.is_file():
-            found.append(f"{record.name} is missing")
-            continue
-        if (size := path.stat().st_size) != record.num_bytes:
-            found.append(f"{record.name} has {size} bytes, was written with {record.num_bytes}")
-        elif hash_file(path).sha256 != record.sha256:
-            found.append(f"{record.name} is not what was written: its SHA-256 differs")
+        try:
+            if not path.is_file():
+                found.append(f"{record.name} is missing")
+            elif (size := path.stat().st_size) != record.num_bytes:
+                found.append(f"{record.name} has {size} bytes, was written with {record.num_bytes}")
+            elif hash_file(path).sha256 != record.sha256:
+                found.append(f"{record.name} is not what was written: its SHA-256 differs")
+        except OSError as error:
+            found.append(f"{record.name} cannot be read: {error.strerror}")
     return found
 
 

@@ -17,7 +17,7 @@ from mtrl.models.boxes import Box
 from mtrl.models.builder import Model
 from mtrl.models.durable import FileRecord
 from mtrl.models.safetensors_header import read_headers
-from mtrl.parallel.agreement import gather_json
+from mtrl.parallel.agreement import agree, gather_json
 from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import CheckpointError
 
@@ -35,7 +35,7 @@ def newest_whole(folder: Path, *, may_go_back: bool) -> tuple[Path, list[str]]:
         check_latest(folder)
     except CheckpointError as error:
         found.append(str(error))
-    present = steps(folder)
+    present, found = gather_json([steps(folder), found])[0]  # what one rank sees, for all
     whole: Path | None = None
     for step in reversed(present):
         wrong = verify(step_path(folder, step))
@@ -55,17 +55,25 @@ def newest_whole(folder: Path, *, may_go_back: bool) -> tuple[Path, list[str]]:
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, the same on all ranks; nothing if it is as it was written.
+    """What is wrong with a step's checkpoint, the same on all ranks; nothing if it is as it was written.
 
     Collective over WORLD: each rank reads its share of the files.
     """
+    wrong = damage(checkpoint)
+    try:
+        step = Manifest.read(checkpoint).step
+    except CheckpointError:
+        return wrong
+    return wrong if checkpoint.name == f"step_{step:06d}" else [f"its manifest is of step {step}", *wrong]
+
+
+def damage(folder: Path) -> list[str]:
+    """What differs between a folder and its manifest, as `verify` tells it. Collective over WORLD."""
     wrong: list[str] = []
     try:
-        manifest = Manifest.read(checkpoint)
-        if checkpoint.name != f"step_{manifest.step:06d}":
-            wrong.append(f"its manifest is of step {manifest.step}")
+        manifest = Manifest.read(folder)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        wrong += problems(checkpoint, _share(manifest.files, rank, world_size))
+        wrong += problems(folder, _share(manifest.files, rank, world_size))
     except CheckpointError as error:
         wrong.append(str(error))
     return list(dict.fromkeys(each for rank_found in gather_json(wrong) for each in rank_found))
@@ -90,8 +98,13 @@ def restore_optimizer(model: Model, optimizer: Any, checkpoint: Path, state: Run
         CheckpointError: the checkpoint lacks state that this run needs.
     """
     own = OptimizerState.of(model, optimizer)
+    error: CheckpointError | None = None
     with _open_boxes(checkpoint) as (source, names):
-        own.restore(source)
+        try:
+            own.restore(source)
+        except CheckpointError as lacking:
+            error = lacking
+    agree(error)
     own.set_num_steps(state.optimizer_steps)
     mine = own.boxes()
     taken = torch.tensor([name in mine for name in names], dtype=torch.int32)

@@ -86,11 +86,11 @@ class OptimizerState:
     def set_num_steps(self, count: int) -> None:
         """Set Adam's count of steps."""
         for shard in self.shards:
-            if "step" in shard.state:
+            if isinstance(shard.optimizer, torch.optim.Adam):
                 shard.state["step"] = torch.full_like(shard.state["step"], count)
+                continue
             for group in shard.optimizer.param_groups:
-                if "step" in group:
-                    group["step"] = count
+                group["step"] = count  # Transformer Engine's and Apex's, which a fresh one lacks
 
     def boxes(self) -> dict[str, list[Box]]:
         """The boxes that this rank has of each Hugging Face tensor."""

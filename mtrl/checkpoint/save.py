@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtrl.checkpoint.folder import partial_path, prune, publish, step_path
+from mtrl.checkpoint.folder import partial_path, point_latest, prune, publish, step_path
 from mtrl.checkpoint.format import MANIFEST, RUN_CONFIG, STATE, Manifest, RunState, json_bytes, rank_file
 from mtrl.checkpoint.optimizer_state import OptimizerState
 from mtrl.checkpoint.rng import rng_tensors
@@ -104,7 +104,9 @@ class Checkpointer:
         self.wait()
         step, target = contents.state.step, step_path(self.folder, contents.state.step)
         if any(gather_json(target.is_dir())):
-            agree(self._attempt(self._prune))  # a run killed right after the rename has not
+            # A run that was killed right after the rename has done neither.
+            agree(self._attempt(lambda: point_latest(self.folder, step)))
+            agree(self._attempt(self._prune))
             return target
         if not self._asynchronous:
             self._write(contents, step)
@@ -116,7 +118,9 @@ class Checkpointer:
         return target
 
     def wait(self) -> None:
-        """Return when nothing is being written. Collective over WORLD; raises what a thread met."""
+        """Return when this rank writes nothing; raises what its thread met, which all ranks' threads agreed
+        on.
+        """
         if self._thread.ident is not None:
             self._thread.join()
         failure, self._failure = self._failure, None
@@ -149,6 +153,7 @@ class Checkpointer:
                 f"the checkpoint of step {step} could not be written: {failed}; those before it are whole. "
                 "Make room or mend the disk, then go on from the newest with if_exists=resume"
             ) from failed
+        agree(self._attempt(self._prune), self._group)
 
     def _publish(self, records: list[FileRecord], step: int) -> None:
         """Write the manifest and let the checkpoint be seen. Collective over the writers' group."""
@@ -159,7 +164,6 @@ class Checkpointer:
             manifest = Manifest(step=step, files=tuple(files))
             write_file(partial_path(self.folder, step) / MANIFEST, manifest.to_json())
             publish(self.folder, step)
-            self._prune()
 
         agree(self._attempt(show), self._group)
 

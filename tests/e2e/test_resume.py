@@ -146,6 +146,42 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(world: World, toy: Path,
     assert (run / "checkpoints" / "step_000003.damaged-1").is_dir()
 
 
+def test_going_back_is_done_once(world: World, toy: Path, straight: Path) -> None:
+    """The damaged one is out of the way, and nothing speaks of it, even if nothing was saved after."""
+    from mtrl.checkpoint.load import newest_whole
+
+    run = copy_of(straight, "back", steps=3)
+    (run / "checkpoints" / "step_000003" / "config.json").write_text("{}")
+    resume = ("if_exists=resume", "checkpoint.on_damage=previous", "algorithm.total_steps=2")
+    sft(world, toy, "back", *resume)
+    assert newest_whole(run / "checkpoints", may_go_back=False)[0].name == "step_000002"
+
+
+def test_checkpoints_that_are_gone_are_not_taken_for_none(toy: Path, straight: Path, world: World) -> None:
+    run = copy_of(straight, "gone", steps=2)
+    for path in (run / "checkpoints").glob("step_*"):
+        shutil.rmtree(path)
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(WorldError, match=r"has latest\.json and none of the checkpoints it speaks of"):
+        sft(world, toy, "gone", "if_exists=resume")
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_damage_is_not_taken_for_a_config_that_does_not_fit(world: World, toy: Path, straight: Path) -> None:
+    run = copy_of(straight, "digit", steps=2)
+    state = run / "checkpoints" / "step_000002" / "training" / "state.json"
+    state.write_text(state.read_text().replace('"seed": 1', '"seed": 3'))
+    with pytest.raises(WorldError) as raised:
+        sft(world, toy, "digit", "if_exists=resume")
+    assert "training/state.json is not what was written" in str(raised.value)
+
+
+def test_routers_unfrozen_find_no_state_and_say_so(world: World, toy: Path) -> None:
+    sft(world, toy, "frozen", "actor.router.freeze=true", "algorithm.total_steps=1")
+    with pytest.raises(WorldError, match=r"lacks \d+ of \d+ elements of exp_avg of .*mlp\.gate\.weight"):
+        sft(world, toy, "frozen", "if_exists=resume")
+
+
 def test_a_folder_that_is_no_run_is_not_resumed(toy: Path) -> None:
     done = python(toy, TRAIN, "sft.yaml", "output_dir=task", "if_exists=resume", "actor.backend=megatron:d1")
     assert done.status == 2
@@ -183,8 +219,11 @@ def test_a_run_still_going_is_not_resumed_beside_itself(toy: Path, straight: Pat
         fcntl.flock(lock, fcntl.LOCK_EX)
         arguments = ("output_dir=runs/held", "if_exists=resume", "actor.backend=megatron:d1")
         done = python(toy, TRAIN, "sft.yaml", *arguments)
-    assert done.status == 2
-    assert "runs/held belongs to a run that is still going" in done.err
+        replaced = python(toy, TRAIN, "sft.yaml", "output_dir=runs/held", "if_exists=replace", arguments[2])
+    for each in (done, replaced):
+        assert each.status == 2
+        assert "runs/held belongs to a run that is still going" in each.err
+    assert run.is_dir()
 
 
 def test_the_json_files_are_as_their_schemas_say(straight: Path) -> None:

@@ -143,7 +143,12 @@ class Torture:
         for key, value in self.expected.items():
             if left.get(key) != value:
                 return f"{key} differs from the run that never stopped: {left.get(key)} for {value}"
-        hidden = [p.name for p in (self.folder / "runs" / name / "checkpoints").glob(".*")]
+        checkpoints = self.folder / "runs" / name / "checkpoints"
+        try:
+            newest_whole(checkpoints, may_go_back=False)
+        except CheckpointError as error:
+            return f"it would not resume again: {error}"
+        hidden = [path.name for path in checkpoints.glob(".*")]
         return f"left over: {hidden}" if hidden else ""
 
     def _run(self, name: str, options: tuple[str, ...], trial: Trial | None = None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The folder of checkpoints: what can be seen, what is kept, what is noticed; without any model."""
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -18,7 +19,7 @@ from mtrl.checkpoint.folder import (
     step_path,
     steps,
 )
-from mtrl.checkpoint.format import MANIFEST, STATE, Manifest, RunState, json_bytes, problems
+from mtrl.checkpoint.format import FORMAT, MANIFEST, STATE, VERSION, Manifest, RunState, json_bytes, problems
 from mtrl.checkpoint.load import newest_whole, verify
 from mtrl.models.durable import DurableFile, FileRecord, hash_file, replace_file, write_file
 from mtrl.models.files import FolderWriter
@@ -112,6 +113,19 @@ def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_bytes(Manifest(step=1, files=records).to_json())
         with pytest.raises(CheckpointError, match="outside the checkpoint"):
             Manifest.read(tmp_path)
+
+
+def test_a_manifest_of_another_shape_is_damage(tmp_path: Path) -> None:
+    for files in ([], {"a": 1}, {"a": {"bytes": 1}}):
+        body = {"format": FORMAT, "version": VERSION, "step": 1, "files": files}
+        digest = hashlib.sha256(json_bytes(body)).hexdigest()
+        (tmp_path / MANIFEST).write_bytes(json_bytes(body | {"sha256": digest}))
+        with pytest.raises(CheckpointError, match="is no manifest"):
+            Manifest.read(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(CheckpointError, match="is missing"):
+        Manifest.read(tmp_path)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
