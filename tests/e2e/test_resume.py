@@ -244,3 +244,17 @@ def test_transformers_opens_a_checkpoint_as_it_is(straight: Path) -> None:
     folder = straight / "checkpoints" / "step_000004"
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "qwen3_moe"
     assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
+
+
+@pytest.mark.vllm
+def test_a_penalty_without_its_reference_is_refused_before_anything_starts(
+    toy: Path, checkpoint: Path
+) -> None:
+    run = checkpoint.parents[1]
+    shutil.copytree(run, run.with_name("penalty"))
+    done = python(
+        toy, TRAIN, "grpo.yaml", "output_dir=runs/penalty", "if_exists=resume", "algorithm.kl_coef=0.1",
+        "actor.backend=megatron:d1", "rollout.backend=vllm:d1",
+    )  # fmt: skip
+    assert done.status == 2
+    assert "algorithm.kl_coef: given 0.1, but runs/penalty/checkpoints/reference is not there" in done.err
