@@ -18,7 +18,10 @@ PIECE_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """A file as it was written: ``name`` relative to the checkpoint, size, SHA-256 in hexadecimal digits."""
+    """A file as it was written: ``name`` relative to the checkpoint, size, SHA-256 in hexadecimal digits.
+
+    ``sha256`` is empty where none was asked for.
+    """
 
     name: str
     num_bytes: int
@@ -35,14 +38,16 @@ class DurableFile:
     Raises FileExistsError if there is one of the name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hashed: bool = True) -> None:
         self.path, self.num_bytes = path, 0
-        self._hash, self._buffer = hashlib.sha256(), bytearray()
+        self._hash = hashlib.sha256() if hashed else None
+        self._buffer = bytearray()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append; small writes are collected."""
-        self._hash.update(data)
+        if self._hash is not None:
+            self._hash.update(data)
         self.num_bytes += len(data)
         if len(data) < BUFFER_BYTES:
             self._buffer += data
@@ -60,7 +65,8 @@ class DurableFile:
                 os.fsync(self._descriptor)
         finally:
             self.abandon()
-        return FileRecord(name=self.path.name, num_bytes=self.num_bytes, sha256=self._hash.hexdigest())
+        digest = self._hash.hexdigest() if self._hash is not None else ""
+        return FileRecord(name=self.path.name, num_bytes=self.num_bytes, sha256=digest)
 
     def abandon(self) -> None:
         """Close without a promise; the file stays as far as it was written."""

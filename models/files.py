@@ -28,9 +28,9 @@ class SafetensorsWriter:
     ``tensors`` names all of them with dtype and shape, in the order in which they are written.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorKind]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, TensorKind], *, hashed: bool = True) -> None:
         self.path, self._pending, self._kinds = path, deque(tensors), dict(tensors)
-        self._file = DurableFile(path)
+        self._file = DurableFile(path, hashed=hashed)
         self._file.write(_header(tensors))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:

@@ -79,15 +79,15 @@ class SafetensorsSource:
         path, header = self._where[name]
         dtype = TORCH_DTYPES.get(header.dtype)
         if dtype is not None and box.ranges[1:] == Box.full(header.shape).ranges[1:]:
-            return _read_rows(path, header, dtype, box)
+            return read_rows(path, header, dtype, box)
         if path not in self._maps:
             self._maps[path] = self._stack.enter_context(safe_open(path, framework="pt"))
         tensor: torch.Tensor = self._maps[path].get_slice(name)[box.slices]
         return tensor
 
 
-def _read_rows(path: Path, header: Header, dtype: torch.dtype, box: Box) -> torch.Tensor:
-    """Elements that follow each other in the file."""
+def read_rows(path: Path, header: Header, dtype: torch.dtype, box: Box) -> torch.Tensor:
+    """Elements of a tensor in a file that follow each other: ``box`` is whole in all dims but the first."""
     tensor = torch.empty(box.shape, dtype=dtype)
     start = box.ranges[0][0] * math.prod(header.shape[1:]) * dtype.itemsize if box.ranges else 0
     if tensor.numel():

@@ -27,8 +27,9 @@ from mtrl.models.boxes import Box
 from mtrl.models.durable import DurableFile, FileRecord, hash_file, replace_file, sync_folder, write_file
 from mtrl.models.files import SafetensorsWriter, TensorKind
 from mtrl.models.hf_folder import INDEX_NAME
-from mtrl.models.sources import TensorSource
-from mtrl.parallel.errors import CheckpointError
+from mtrl.models.safetensors_header import read_headers
+from mtrl.models.sources import TORCH_DTYPES, TensorSource, read_rows
+from mtrl.parallel.errors import CheckpointError, ModelError
 
 PART_BYTES = 16 * 2**20
 """glibc gives memory above 32 MiB back at once, and to get it anew costs more than to copy it."""
@@ -137,6 +138,8 @@ def _is_whole(plan: Plan, record: FileRecord) -> bool:
     path = plan.request.partial / record.name
     if path.is_symlink() or not path.is_file():
         return False
+    if not record.sha256:  # `_is_as_planned` looks closer, when the source is open
+        return path.stat().st_size == record.num_bytes
     return replace(hash_file(path), name=record.name) == record
 
 
@@ -172,11 +175,11 @@ def _write_shards(plan: Plan, source: TensorSource, done: Mapping[str, FileRecor
     with ThreadPoolExecutor(1 if plan.source_format == "torch_dist" else NUM_WRITERS) as pool:
         try:
             for file, tensors in plan.shards.items():
-                if file in done:
+                if file in done and _is_as_planned(plan.request.partial / file, tensors, source, done[file]):
                     report(sum(num_bytes(kind) for kind in tensors.values()))
                     continue
-                path = plan.request.partial / file
-                futures.append(pool.submit(_write_shard, path, tensors, source, report, stop))
+                path, hashed = plan.request.partial / file, plan.request.to == "mtrl"
+                futures.append(pool.submit(_write_shard, path, tensors, source, report, stop, hashed=hashed))
             for future in as_completed(futures):
                 try:
                     _finished(plan, future.result())
@@ -191,6 +194,30 @@ def _write_shards(plan: Plan, source: TensorSource, done: Mapping[str, FileRecor
         raise errors[0]
 
 
+def _is_as_planned(
+    path: Path, tensors: Mapping[str, TensorKind], source: TensorSource, record: FileRecord
+) -> bool:
+    """Whether a finished file still is what it would be written as; deleted if not.
+
+    One with a checksum has been checked; of others every bit is compared with the source's.
+    """
+    if record.sha256:
+        return True
+    try:
+        headers = read_headers(path)
+        is_same = {name: (TORCH_DTYPES[h.dtype], h.shape) for name, h in headers.items()} == dict(tensors)
+    except (ModelError, KeyError):
+        is_same = False
+    for name, (dtype, shape) in tensors.items() if is_same else ():
+        for box in part_boxes(shape):
+            wanted = source.read(name, box).to(dtype).contiguous().flatten().view(torch.uint8)
+            written = read_rows(path, headers[name], dtype, box).flatten().view(torch.uint8)
+            is_same = is_same and bool(torch.equal(wanted, written))
+    if not is_same:
+        path.unlink()
+    return is_same
+
+
 def _stop(futures: Sequence[Future[FileRecord]], stop: Event) -> None:
     stop.set()
     for future in futures:
@@ -198,9 +225,16 @@ def _stop(futures: Sequence[Future[FileRecord]], stop: Event) -> None:
 
 
 def _write_shard(
-    path: Path, tensors: Mapping[str, TensorKind], source: TensorSource, report: Report, stop: Event
+    path: Path,
+    tensors: Mapping[str, TensorKind],
+    source: TensorSource,
+    report: Report,
+    stop: Event,
+    *,
+    hashed: bool,
 ) -> FileRecord:
-    with SafetensorsWriter(path, tensors) as writer:
+    """One file; a checksum is computed only where a manifest will name it."""
+    with SafetensorsWriter(path, tensors, hashed=hashed) as writer:
         for name, (dtype, shape) in tensors.items():
             writer.write_parts(name, _parts_to_write(source, name, dtype, shape, report, stop))
         return writer.close()
@@ -223,14 +257,20 @@ def _parts_to_write(
 
 def read_parts(source: TensorSource, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
     """A tensor in parts of at most `PART_BYTES` of float32, or one row, in the order of its memory."""
+    for box in part_boxes(shape):
+        yield source.read(name, box)
+
+
+def part_boxes(shape: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes of `read_parts`."""
     box = Box.full(shape)
     if not shape:
-        yield source.read(name, box)
+        yield box
         return
     row_bytes = max(1, 4 * torch.Size(shape[1:]).numel())
     count = max(1, PART_BYTES // row_bytes)
     for start in range(0, shape[0], count):
-        yield source.read(name, Box(((start, min(start + count, shape[0])), *box.ranges[1:])))
+        yield Box(((start, min(start + count, shape[0])), *box.ranges[1:]))
 
 
 def _copy(source: Path, target: Path) -> FileRecord:

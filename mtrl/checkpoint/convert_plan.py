@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from mtrl.checkpoint.format import FORMAT, MANIFEST, Manifest, json_bytes, read_json
+from mtrl.checkpoint.format import COPIED_FILES, FORMAT, MANIFEST, Manifest, json_bytes, read_json
 from mtrl.checkpoint.megatron_weights import TorchDistSource, checkpoint_map
 from mtrl.checkpoint.torch_dist import TRACKER, step_folder
 from mtrl.models.config import ModelConfig, read_hf_config
@@ -28,20 +28,6 @@ from mtrl.parallel.spec import parse_training_spec
 
 FormatName = Literal["hf", "mtrl", "torch_dist"]
 JOURNAL = "finished.jsonl"
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "tiktoken.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 _MAY_NAME_CODE = ("config.json", "tokenizer_config.json")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")

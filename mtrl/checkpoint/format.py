@@ -32,6 +32,24 @@ STATE = "training/state.json"
 RUN_CONFIG = "training/config.json"
 REFERENCE = "reference"
 
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""What is taken along of a model's folder besides config and weights: tokenizer, chat template,
+generation.
+"""
+
 PhaseName = Literal["warm_start", "main"]
 
 

@@ -17,7 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.checkpoint.folder import partial_path, point_latest, prune, publish, step_path
-from mtrl.checkpoint.format import MANIFEST, RUN_CONFIG, STATE, Manifest, RunState, json_bytes, rank_file
+from mtrl.checkpoint.format import (
+    COPIED_FILES,
+    MANIFEST,
+    RUN_CONFIG,
+    STATE,
+    Manifest,
+    RunState,
+    json_bytes,
+    rank_file,
+)
 from mtrl.checkpoint.optimizer_state import OptimizerState
 from mtrl.checkpoint.rng import rng_tensors
 from mtrl.models.builder import Model
@@ -27,16 +36,6 @@ from mtrl.models.hf import write_hf
 from mtrl.parallel.agreement import agree, gather_json
 from mtrl.parallel.errors import CheckpointError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 BUCKET_BYTES = 32 * 2**20
 
 
@@ -63,7 +62,7 @@ def write_contents(contents: Contents, out: FileSink) -> None:
         _write_tensors(out, rank_file("optimizer", rank, world_size), owned)
     _write_tensors(out, rank_file("rng", rank, world_size), rng_tensors())
     if rank == 0:
-        for name in TOKENIZER_FILES:
+        for name in COPIED_FILES:
             if (contents.tokenizer / name).is_file():
                 out.write(name, (contents.tokenizer / name).read_bytes())
         out.write(RUN_CONFIG, json_bytes(contents.config))
@@ -214,6 +213,6 @@ class Snapshot:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files from one Hugging Face folder to another."""
-    for name in TOKENIZER_FILES:
+    for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -29,7 +29,7 @@ call or by an error of the disk, resumes it, and compares metrics, weights, mast
 that never stopped: bit by bit. Every checkpoint that can be seen after the fault must be whole. `kill` ends
 one rank, `kill all` every rank, `half` the rank in the middle of a write; ENOSPC and EIO fail the call and
 all writes after it, and must be told. Damage changes one file of the newest checkpoint: it must be noticed
-and named, and the checkpoint before it offered.
+and named, and the checkpoint before it offered. Trials that earlier calls made at the same commit are kept.
 """
 
 

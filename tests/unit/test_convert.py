@@ -8,9 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtrl.checkpoint import convert as convert_module
-from mtrl.checkpoint.convert_plan import COPIED_FILES
 from mtrl.checkpoint.load import verify
-from mtrl.checkpoint.save import TOKENIZER_FILES
 from tests.family_toys import FAMILY_TOYS, build_family_toy, prediction_layer, save, write_quantized
 from tests.unit.convert_toys import (
     FIXED,
@@ -181,7 +179,3 @@ def test_widened_and_narrowed_again_is_what_it_was(toys: Path, tmp_path: Path) -
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "wide").values()} == {torch.float32}
     run(tmp_path / "wide", tmp_path / "narrow", "hf", "--dtype", "bfloat16")
     check_same(tmp_path / "narrow", tensors_of(toys / "qwen3"))
-
-
-def test_every_file_of_a_tokenizer_that_a_checkpoint_keeps_is_copied() -> None:
-    assert set(TOKENIZER_FILES) <= set(COPIED_FILES)
