@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from mtrl.checkpoint.convert import NUM_WRITERS, forget, read_parts
 from mtrl.checkpoint.convert_plan import FormatName, Plan, num_bytes, open_source
@@ -158,6 +159,7 @@ def _logits(plan: Plan, source: TensorSource, tokens: torch.Tensor) -> torch.Ten
     from mtrl.models.packed import PackedSegments
     from mtrl.parallel import groups
 
+    was_started = dist.is_initialized()
     groups.init_distributed()
     layout = groups.create(RankLayout.from_spec(parse_training_spec("megatron:d1")))
     try:
@@ -174,6 +176,8 @@ def _logits(plan: Plan, source: TensorSource, tokens: torch.Tensor) -> torch.Ten
         return found
     finally:
         groups.destroy()
+        if not was_started:
+            dist.destroy_process_group()
 
 
 def _transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:

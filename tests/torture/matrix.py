@@ -126,7 +126,8 @@ class Torture:
         if not story:
             return "the fault did not end the run"
         if trial.action.startswith("E") and "CheckpointError" not in story:
-            return f"the error is not told: {story[-2000:]}"
+            print(story)  # with paths of this machine, which no result may hold
+            return "the error is not told"
         checkpoints = self.folder / "runs" / name / "checkpoints"
         for step in steps(checkpoints):
             path = step_path(checkpoints, step)
@@ -135,7 +136,8 @@ class Torture:
         try:
             self._run(name, ("if_exists=resume",))
         except WorldError as error:
-            return f"it does not resume: {str(error)[-2000:]}"
+            print(error)
+            return "it does not resume"
         return self._compare(name)
 
     def _compare(self, name: str) -> str:

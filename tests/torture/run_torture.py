@@ -114,9 +114,7 @@ def page(numbers: dict[str, Any]) -> str:
     failed = Counter((row["job"], row["action"]) for row in wrong)
     for (job, action), count in counts.items():
         text.append(f"| {job} | {arguments[job]} | {action} | {count} | {count - failed[(job, action)]} |")
-    text += [
-        f"\n- {row['job']}, {row['action']}, {row['what']}: {row['wrong'].splitlines()[0]}" for row in wrong
-    ]
+    text += [f"\n- {row['job']}, {row['action']}, {row['what']}: {row['wrong']}" for row in wrong]
     return "\n".join(text) + "\n"
 
 
