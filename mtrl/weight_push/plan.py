@@ -92,8 +92,11 @@ def exchange_needs(needs: Needs) -> list[Boxes]:
 @dataclass(slots=True)
 class Round:
     """Views for one exchange: ``local`` pairs need no wire; ``outgoing`` fill ``sent``, ``incoming`` empty
-    ``received``. Each is (destinations, sources). Sizes are elements for each rank, in rank order.
+    ``received``. Each is (destinations, sources). Sizes are elements for each rank, in rank order;
+    ``travels`` is whether anything goes from any rank to another.
     """
+
+    travels: bool
 
     sent: Tensor
     received: Tensor
@@ -213,6 +216,7 @@ def _round(
     sizes = [[sum(t.box.num_elements for t in each) for each in side] for side in (sends, gets)]
     device = next(iter(views.model.parameters().values())).device
     found = Round(
+        travels=any(t.source != t.target for t in transfers),
         sent=torch.empty(sum(sizes[0]), dtype=dtype, device=device),
         received=torch.empty(sum(sizes[1]), dtype=dtype, device=device),
         send_sizes=sizes[0],
@@ -235,7 +239,48 @@ def _round(
             for wanted, target in views.wanted(transfer.name, transfer.box):
                 for part, source in views.held(transfer.name, wanted):
                     _pair(found.local, target[part.relative_to(wanted).slices], source)
+    found.local, found.outgoing, found.incoming = map(
+        coalesced, (found.local, found.outgoing, found.incoming)
+    )
     return found
+
+
+def coalesced(pairs: Pairs) -> Pairs:
+    """The same copies in fewer: those that follow each other in memory on both sides become one.
+
+    Experts, and their gates and ups, often lie in the same order in trainer and engine.
+    """
+    flat: list[tuple[Tensor, Tensor]] = []
+    rest: Pairs = ([], [])
+    for destination, source in zip(*pairs, strict=True):
+        if destination.is_contiguous() and source.is_contiguous() and destination.dtype == source.dtype:
+            flat.append((destination.view(-1), source.view(-1)))
+        else:
+            rest[0].append(destination)
+            rest[1].append(source)
+    flat.sort(key=lambda pair: (pair[0].untyped_storage().data_ptr(), pair[0].storage_offset()))
+    for run in _runs(flat):
+        size = sum(destination.numel() for destination, _ in run)
+        for side, tensor in zip(rest, run[0], strict=True):
+            side.append(tensor.as_strided((size,), (1,), tensor.storage_offset()))
+    return rest
+
+
+def _runs(flat: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    run: list[tuple[Tensor, Tensor]] = []
+    for pair in flat:
+        if run and not all(_follows(now, last) for now, last in zip(pair, run[-1], strict=True)):
+            yield run
+            run = []
+        run.append(pair)
+    if run:
+        yield run
+
+
+def _follows(tensor: Tensor, last: Tensor) -> bool:
+    """Whether it begins where ``last`` ends, in the same storage."""
+    same = tensor.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    return same and tensor.storage_offset() == last.storage_offset() + last.numel()
 
 
 def _pair(pairs: Pairs, destination: Tensor, source: Tensor) -> None:

@@ -43,10 +43,10 @@ class WeightPush:
         shapes = model.weight_map.hf_shapes()
         record = engine.plan_weights(shapes)
         needs = Needs.of(record)
-        self._staging = {
+        self.staging = {
             name: torch.empty(shapes[name], dtype=dtype, device=engine.device) for name in needs.whole
         }
-        self._views = Views(model, needs, engine.destinations, self._staging)
+        self._views = Views(model, needs, engine.destinations, self.staging)
         everyones = exchange_needs(needs)
         kept = {name: DTYPES[each] for name, each in model.weight_map.hf_dtypes().items()}
         plan = plan_push(model.weight_map, everyones)
@@ -73,12 +73,12 @@ class WeightPush:
         with self._engine.receiving(policy_version=policy_version), torch.no_grad():
             for each in self._rounds:
                 self._exchange(each)
-            self._engine.replay(self._staging)
+            self._engine.replay(self.staging)
         return self.counts.bytes_received - before
 
     def _exchange(self, each: Round) -> None:
         _copy(each.local)
-        if dist.get_world_size() > 1:
+        if each.travels:
             _copy(each.outgoing)
             dist.all_to_all_single(each.received, each.sent, each.receive_sizes, each.send_sizes)
             self.counts.bytes_received += each.received.numel() * each.received.element_size()
