@@ -38,6 +38,7 @@ EXTRAS = {
         "pytest-timeout",
         "hypothesis",
         "jsonschema",
+        "psutil",  # what Megatron-Core 0.19 saves torch_dist checkpoints with
         "mypy",
         "ruff",
         "setuptools>=77",
