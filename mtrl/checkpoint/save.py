@@ -36,7 +36,7 @@ from mtrl.models.hf import write_hf
 from mtrl.parallel.agreement import agree, gather_json
 from mtrl.parallel.errors import CheckpointError
 
-BUCKET_BYTES = 32 * 2**20
+BUCKET_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
