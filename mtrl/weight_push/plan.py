@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -178,10 +178,17 @@ def make_rounds(
 
     A tensor larger than that has a round of its own.
     """
-    rounds = []
-    for transfers in _cut(plan.transfers, world_size, bucket_bytes // dtype.itemsize):
-        rounds.append(_round(transfers, views, dtype, rank, world_size))
-    return rounds
+    groups = list(_cut(plan.transfers, world_size, bucket_bytes // dtype.itemsize))
+    travelling = [[t for t in group if t.source != t.target] for group in groups]
+    device = next(iter(views.model.parameters().values())).device
+
+    def bucket(end: Literal["source", "target"]) -> Tensor:
+        """One for all rounds, which take turns."""
+        sizes = [sum(t.box.num_elements for t in group if getattr(t, end) == rank) for group in travelling]
+        return torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+
+    sent, received = bucket("source"), bucket("target")
+    return [_round(group, views, sent, received, rank, world_size) for group in groups]
 
 
 def _cut(transfers: Sequence[Transfer], world_size: int, limit: int) -> Iterator[list[Transfer]]:
@@ -205,7 +212,12 @@ def _cut(transfers: Sequence[Transfer], world_size: int, limit: int) -> Iterator
 
 
 def _round(
-    transfers: Sequence[Transfer], views: Views, dtype: torch.dtype, rank: int, world_size: int
+    transfers: Sequence[Transfer],
+    views: Views,
+    sent: Tensor,
+    received: Tensor,
+    rank: int,
+    world_size: int,
 ) -> Round:
     sends = [
         [t for t in transfers if t.source == rank != t.target and t.target == r] for r in range(world_size)
@@ -214,11 +226,10 @@ def _round(
         [t for t in transfers if t.target == rank != t.source and t.source == r] for r in range(world_size)
     ]
     sizes = [[sum(t.box.num_elements for t in each) for each in side] for side in (sends, gets)]
-    device = next(iter(views.model.parameters().values())).device
     found = Round(
         travels=any(t.source != t.target for t in transfers),
-        sent=torch.empty(sum(sizes[0]), dtype=dtype, device=device),
-        received=torch.empty(sum(sizes[1]), dtype=dtype, device=device),
+        sent=sent[: sum(sizes[0])],
+        received=received[: sum(sizes[1])],
         send_sizes=sizes[0],
         receive_sizes=sizes[1],
     )

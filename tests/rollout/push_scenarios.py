@@ -101,7 +101,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         folder, parse_rollout_spec(case.rollout), max_model_len=200, max_num_seqs=32, dtype="float32", seed=0,
         kv_cache_bytes=16 << 20, expert_parallel=case.expert_parallel,
     )  # fmt: skip
-    push = WeightPush(model, engine, torch.float32)
+    push = WeightPush(model, engine, torch.float32, bucket_bytes=1 << 14)  # several rounds share a bucket
     found = [
         _update(case, folder / f"v{version}", version, model, trainer, engine, push)
         for version in range(1, NUM_UPDATES + 1)
