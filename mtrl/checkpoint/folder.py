@@ -39,18 +39,17 @@ def steps(folder: Path) -> list[int]:
 
 
 def publish(folder: Path, step: int) -> Path:
-    """Give a checkpoint whose files are all on disk its name, then point ``latest.json`` at it."""
+    """Give a checkpoint whose files are all on disk its name: from here on it is seen."""
     source, target = partial_path(folder, step), step_path(folder, step)
     for path in (*(path for path in source.iterdir() if path.is_dir()), source):
         sync_folder(path)
     os.rename(source, target)
-    sync_folder(folder)
-    point_latest(folder, step)
     return target
 
 
 def point_latest(folder: Path, step: int) -> None:
-    """Write ``latest.json``."""
+    """Write ``latest.json``, once the checkpoint's name is on disk."""
+    sync_folder(folder)
     target = step_path(folder, step)
     digest = hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
     replace_file(folder / LATEST, json_bytes({"checkpoint": target.name, "manifest_sha256": digest}))

@@ -103,9 +103,7 @@ class Checkpointer:
         self.wait()
         step, target = contents.state.step, step_path(self.folder, contents.state.step)
         if any(gather_json(target.is_dir())):
-            # A run that was killed right after the rename has done neither.
-            agree(self._attempt(lambda: point_latest(self.folder, step)))
-            agree(self._attempt(self._prune))
+            self._settle(step)  # a run that was killed right after the rename has not
             return target
         if not self._asynchronous:
             self._write(contents, step)
@@ -152,7 +150,18 @@ class Checkpointer:
                 f"the checkpoint of step {step} could not be written: {failed}; those before it are whole. "
                 "Make room or mend the disk, then go on from the newest with if_exists=resume"
             ) from failed
-        agree(self._attempt(self._prune), self._group)
+        self._settle(step)
+
+    def _settle(self, step: int) -> None:
+        """What follows once a checkpoint can be seen. Collective over the writers' group."""
+        try:
+            agree(self._attempt(lambda: point_latest(self.folder, step)), self._group)
+            agree(self._attempt(self._prune), self._group)
+        except CheckpointError as failed:
+            raise CheckpointError(
+                f"the checkpoint of step {step} is whole, but what follows it failed: {failed}. "
+                "Mend the disk, then go on from it with if_exists=resume"
+            ) from failed
 
     def _publish(self, records: list[FileRecord], step: int) -> None:
         """Write the manifest and let the checkpoint be seen. Collective over the writers' group."""

@@ -80,6 +80,7 @@ class Faults:
         import torch
 
         from mtrl.models.gather import TensorGather
+        from mtrl.weight_push.push import WeightPush
 
         from megatron.core.models.gpt import GPTModel
 
@@ -87,6 +88,7 @@ class Faults:
             (GPTModel, "forward", "forward pass"),
             (torch.optim.AdamW, "step", "optimizer step"),
             (TensorGather, "_run_round", "exchange of weights"),
+            (WeightPush, "_exchange", "round of the push"),
         ):
             setattr(owner, name, self._around(getattr(owner, name), what))
 

@@ -130,6 +130,8 @@ class Torture:
             return "the error is not told"
         checkpoints = self.folder / "runs" / name / "checkpoints"
         for step in steps(checkpoints):
+            if f"the checkpoint of step {step} could not be written" in story:
+                return f"step {step} is visible and said not to be written"
             path = step_path(checkpoints, step)
             if wrong := problems(path, Manifest.read(path).files):
                 return f"{path.name} is visible and not whole: {wrong}"

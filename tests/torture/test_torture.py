@@ -16,6 +16,7 @@ CHOSEN = (
     ("kill all", "replace checkpoints/.latest.json"),
     ("ENOSPC", "write training/optimizer-00000-of-00002.safetensors"),
     ("EIO", "fsync .step_000003.partial/manifest.json"),
+    ("EIO", "replace checkpoints/.latest.json"),
 )
 
 

@@ -39,7 +39,9 @@ def make(folder: Path, step: int) -> Path:
     out.write(STATE, replace(RUN_STATE, step=step).to_json())
     assert out.error is None
     write_file(partial_path(folder, step) / MANIFEST, Manifest(step=step, files=tuple(out.records)).to_json())
-    return publish(folder, step)
+    target = publish(folder, step)
+    point_latest(folder, step)
+    return target
 
 
 def test_a_checkpoint_is_seen_when_it_is_whole(tmp_path: Path) -> None:
