@@ -67,18 +67,43 @@ def save(trainer: Any, folder: Path, path: Path, number: int, **options: Any) ->
 
 def resume(groups: Any, num_chunks: int, folder: Path, *, distributed: bool, precision: str) -> Any:
     """A trainer as the newest checkpoint left it."""
-    from mtrl.checkpoint.format import RunState
-    from mtrl.checkpoint.load import newest_whole, restore_generators, restore_optimizer
+    model = load(groups, num_chunks, newest(folder), precision)
+    trainer = open_run(model, distributed=distributed)
+    restore(trainer, folder)
+    return trainer
+
+
+def newest(folder: Path) -> Path:
+    from mtrl.checkpoint.load import newest_whole
 
     checkpoint, damaged = newest_whole(folder, may_go_back=False)
-    assert not damaged
+    assert checkpoint is not None and not damaged
+    return checkpoint
+
+
+def restore(trainer: Any, folder: Path) -> None:
+    """Make weights, optimizer and generators those of the newest checkpoint."""
+    from mtrl.checkpoint.format import RunState
+    from mtrl.checkpoint.load import restore_generators, restore_optimizer
+    from mtrl.models.hf import load_hf
+
+    checkpoint = newest(folder)
     state = RunState.read(checkpoint)
-    trainer = open_run(load(groups, num_chunks, checkpoint, precision), distributed=distributed)
+    load_hf(trainer.model, checkpoint)
     num_tensors = restore_optimizer(trainer.model, trainer.optimizer, checkpoint, state)
     assert num_tensors == state.num_optimizer_tensors
     trainer.go_on_at(state.scheduler_steps)
     restore_generators(trainer.model, checkpoint, state)
-    return trainer
+
+
+def own_tensors(trainer: Any) -> dict[str, torch.Tensor]:
+    """A rank's weights, masters and moments: what training changes."""
+    from mtrl.checkpoint.optimizer_state import OptimizerState
+
+    found = {str(key): tensor.detach() for key, tensor in trainer.model.tensors().items()}
+    for number, shard in enumerate(OptimizerState.of(trainer.model, trainer.optimizer).shards):
+        found |= {f"{kind} of shard {number}": tensor for kind, tensor in shard.tensors().items()}
+    return found
 
 
 def digest(checkpoint: Path) -> dict[str, str]:

@@ -39,6 +39,8 @@ def move(folder: str, toys: dict[str, bool]) -> dict[str, Any]:
             else:
                 again = resume(groups, 1, out, distributed=True, precision="bf16")
                 save(again, out / "again", path, 1)
+                if dist.get_rank() > 0:
+                    continue
                 before, after = digest(out / "step_000001"), digest(out / "again" / "step_000001")
                 kinds = {name.split(" ")[0] for name in before if " " in name}
                 found[toy] = {
