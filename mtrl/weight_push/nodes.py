@@ -1,0 +1,411 @@
+"""Who sends what to whom when ranks stand on nodes: nothing crosses a node's network card twice. Pure.
+
+A needed element comes from one source: the rank itself if it has it, else a rank of its node that has it, else
+another node, and then one of the node's ranks that need it receives it and forwards it to the others. So rank r
+receives exactly need(r) minus have(r), whoever forwards included, and node n receives from other nodes exactly
+need(n) minus have(n), the unions over its ranks: both lower bounds are met at once.
+
+Everything is planned by *flows*: all boxes of one size that the same ranks have and the same ranks need, however
+many tensors they are of. The turns within a flow go round the ranks that can take them, the least loaded first,
+so that each rank's share differs from another's by one box a flow at most, and any rank can name its own
+transfers without looking at the others'.
+"""
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtrl.models.boxes import Box
+from mtrl.models.transfers import Boxes, Transfer, TransferPlan
+from mtrl.parallel.errors import WeightError
+
+Ranks = tuple[int, ...]
+Numbers = NDArray[np.int64]
+
+LARGEST_BYTES = 64 * 2**20
+"""Boxes beyond this are cut, so that one tensor does not burden one rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alike:
+    """Tensors that lie alike: of each of ``names``, ranks ``have[box]`` hold ``box`` and ``need[box]`` want it.
+
+    The boxes that one rank needs are disjoint. ``itemsize`` is an element's bytes on the wire.
+    """
+
+    names: tuple[str, ...]
+    have: Mapping[Box, Ranks]
+    need: Mapping[Box, Ranks]
+    itemsize: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodePlan:
+    """Two exchanges, one after the other.
+
+    In the first every source reads its trainer's weights: between nodes, within a node, and copies on a rank
+    itself. In the second, within nodes only, every source reads what the first has brought it.
+    """
+
+    first: TransferPlan
+    forwarded: TransferPlan
+
+    def received(self, world_size: int) -> list[int]:
+        """Elements that each rank receives from other ranks."""
+        found = [0] * world_size
+        for each in (*self.first.transfers, *self.forwarded.transfers):
+            if each.source != each.target:
+                found[each.target] += each.box.num_elements
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Bytes of each rank, counted flow by flow: copied on it, and sent and received by where they go."""
+
+    local: Numbers
+    sent_across: Numbers
+    received_across: Numbers
+    sent_inside: Numbers
+    received_inside: Numbers
+
+    @classmethod
+    def none(cls, world_size: int) -> "Traffic":
+        """No bytes yet."""
+        return cls(
+            local=np.zeros(world_size, np.int64),
+            sent_across=np.zeros(world_size, np.int64),
+            received_across=np.zeros(world_size, np.int64),
+            sent_inside=np.zeros(world_size, np.int64),
+            received_inside=np.zeros(world_size, np.int64),
+        )
+
+    @property
+    def received(self) -> Numbers:
+        """From other ranks, wherever they are."""
+        return self.received_across + self.received_inside
+
+    def into_nodes(self, node_of: Sequence[int]) -> Numbers:
+        """What each node receives from other nodes."""
+        return np.bincount(np.asarray(node_of), weights=self.received_across).astype(np.int64)
+
+
+def plan_nodes(
+    names: Sequence[str], have: Sequence[Boxes], need: Sequence[Boxes], node_of: Sequence[int]
+) -> NodePlan:
+    """All ranks' transfers; arguments as `plan_transfers`, and the node of each rank.
+
+    Raises:
+        WeightError: some needed element is held by no rank.
+    """
+    alike: dict[tuple[object, object], list[str]] = {}
+    sides: dict[tuple[object, object], tuple[dict[Box, Ranks], dict[Box, Ranks]]] = {}
+    for name in names:
+        by_box = (_ranks_by_box(name, have), _ranks_by_box(name, need))
+        key = (tuple(by_box[0].items()), tuple(by_box[1].items()))
+        alike.setdefault(key, []).append(name)
+        sides[key] = by_box
+    tensors = [
+        Alike(names=tuple(members), have=sides[key][0], need=sides[key][1]) for key, members in alike.items()
+    ]
+    return plan_alike(tensors, node_of, names, range(len(have)))[0]
+
+
+def plan_alike(
+    tensors: Iterable[Alike], node_of: Sequence[int], names: Sequence[str], ranks: Collection[int]
+) -> tuple[NodePlan, Traffic]:
+    """The transfers to and from ``ranks``, in the order of ``names``; and the traffic of every rank.
+
+    Every rank that is asked for the same ``tensors`` and ``node_of`` plans the same, whatever ``ranks``.
+
+    Raises:
+        WeightError: some needed element is held by no rank.
+    """
+    traffic = Traffic.none(len(node_of))
+    first: list[Transfer] = []
+    forwarded: list[Transfer] = []
+    nodes, everyone = np.asarray(node_of, np.int64), len(ranks) == len(node_of)
+    for flow in flows_of(tensors):
+        turns = Turns.of(flow, nodes, traffic)
+        for rank in sorted({*flow.holders, *flow.needers} & set(ranks)) if ranks else ():
+            for is_forward, transfer in turns.arriving(rank):
+                (forwarded if is_forward else first).append(transfer)
+            if not everyone:  # with everyone's arrivals known, departures are
+                for is_forward, transfer in turns.leaving(rank):
+                    if transfer.target not in ranks:
+                        (forwarded if is_forward else first).append(transfer)
+    position = {name: index for index, name in enumerate(names)}
+
+    def on_the_wire(each: Transfer) -> tuple[object, ...]:
+        return position[each.name], each.box.ranges, each.target
+
+    first.sort(key=on_the_wire)
+    forwarded.sort(key=on_the_wire)
+    plan = NodePlan(
+        first=TransferPlan(transfers=tuple(first)), forwarded=TransferPlan(transfers=tuple(forwarded))
+    )
+    return plan, traffic
+
+
+def _ranks_by_box(name: str, boxes: Sequence[Boxes]) -> dict[Box, Ranks]:
+    found: dict[Box, list[int]] = {}
+    for rank, held in enumerate(boxes):
+        for box in held.get(name, ()):
+            found.setdefault(box, []).append(rank)
+    return {box: tuple(found[box]) for box in sorted(found, key=lambda box: box.ranges)}
+
+
+# ---- flows ----
+
+
+@dataclass(slots=True, kw_only=True)
+class Flow:
+    """Boxes of ``num_bytes`` each that ``holders`` have and ``needers`` need; both ascend."""
+
+    holders: Ranks
+    needers: Ranks
+    num_bytes: int
+    parts: list[tuple[tuple[str, ...], Box]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many boxes."""
+        return sum(len(names) for names, _ in self.parts)
+
+
+def flows_of(tensors: Iterable[Alike]) -> list[Flow]:
+    """The flows of all tensors, in the order in which they first appear."""
+    found: dict[tuple[Ranks, Ranks, int], Flow] = {}
+    for alike in tensors:
+        have, need = tuple(alike.have), tuple(alike.need)
+        holders = [alike.have[box] for box in have]
+        needers = [alike.need[box] for box in need]
+        for box, held_by, needed_by in _cells(have, need):
+            if not held_by:
+                raise WeightError(
+                    f"no rank holds {alike.names[0]}{[list(r) for r in box.ranges]}, which rank "
+                    f"{needers[needed_by[0]][0]} needs"
+                )
+            having, needing = _union(holders, held_by), _union(needers, needed_by)
+            for part in _cut(box, alike.itemsize):
+                num_bytes = part.num_elements * alike.itemsize
+                key = (having, needing, num_bytes)
+                if key not in found:
+                    found[key] = Flow(holders=having, needers=needing, num_bytes=num_bytes)
+                found[key].parts.append((alike.names, part))
+    return list(found.values())
+
+
+def _union(groups: Sequence[Ranks], chosen: Sequence[int]) -> Ranks:
+    if len(chosen) == 1:
+        return groups[chosen[0]]
+    return tuple(sorted(set().union(*(groups[index] for index in chosen))))
+
+
+def _cut(box: Box, itemsize: int) -> Iterator[Box]:
+    """``box`` in parts of at most `LARGEST_BYTES`, cut along its longest dim as evenly as it goes."""
+    ways = -(-box.num_elements * itemsize // LARGEST_BYTES)
+    if ways <= 1:
+        yield box
+        return
+    dim = max(range(len(box.ranges)), key=lambda index: box.shape[index])
+    start, stop = box.ranges[dim]
+    ways = min(ways, stop - start)
+    edges = [start + (stop - start) * part // ways for part in range(ways + 1)]
+    for edge in itertools.pairwise(edges):
+        yield Box((*box.ranges[:dim], edge, *box.ranges[dim + 1 :]))
+
+
+Cell = tuple[Box, tuple[int, ...], tuple[int, ...]]
+
+
+@lru_cache(maxsize=1024)
+def _cells(have: tuple[Box, ...], need: tuple[Box, ...]) -> tuple[Cell, ...]:
+    """Disjoint boxes that together are all of ``need``, each with the indices of the boxes it lies in."""
+    num_dims = len(need[0].ranges) if need else 0
+    edges = [sorted({edge for box in (*have, *need) for edge in box.ranges[dim]}) for dim in range(num_dims)]
+    cells: list[Cell] = []
+    for ranges in itertools.product(*(itertools.pairwise(each) for each in edges)):
+        cell = Box(ranges)
+        needed_by = tuple(index for index, box in enumerate(need) if box.intersect(cell))
+        if needed_by:
+            cells.append(
+                (cell, tuple(index for index, box in enumerate(have) if box.intersect(cell)), needed_by)
+            )
+    for dim in range(num_dims):
+        cells = _merged(cells, dim)
+    return tuple(cells)
+
+
+def _merged(cells: Sequence[Cell], dim: int) -> list[Cell]:
+    """Neighbours along ``dim`` that lie in the same boxes become one."""
+    merged: list[Cell] = []
+    last: dict[object, int] = {}
+    for cell, held_by, needed_by in cells:
+        others = (*cell.ranges[:dim], *cell.ranges[dim + 1 :])
+        at = last.get(others)
+        if at is not None:
+            before, *signature = merged[at]
+            if signature == [held_by, needed_by] and before.ranges[dim][1] == cell.ranges[dim][0]:
+                joined = (before.ranges[dim][0], cell.ranges[dim][1])
+                box = Box((*cell.ranges[:dim], joined, *cell.ranges[dim + 1 :]))
+                merged[at] = (box, held_by, needed_by)
+                continue
+        last[others] = len(merged)
+        merged.append((cell, held_by, needed_by))
+    return merged
+
+
+# ---- whose turn ----
+
+
+@dataclass(slots=True)
+class Group:
+    """Ranks that take turns: ``ranks[start : start + size]`` of each node, in that order."""
+
+    ranks: Numbers
+    nodes: Numbers
+    start: Numbers
+    size: Numbers
+    index: dict[int, int]
+    """Node to its place in ``nodes``, ``start`` and ``size``."""
+
+    @classmethod
+    def of(cls, ranks: Numbers, node_of: Numbers, load: Numbers) -> "Group":
+        """By node, the least loaded of each first."""
+        at = node_of[ranks]
+        ordered = ranks[np.lexsort((ranks, load[ranks], at))]
+        nodes, start, size = np.unique(node_of[ordered], return_index=True, return_counts=True)
+        index = {int(node): place for place, node in enumerate(nodes)}
+        return cls(ordered, nodes, start.astype(np.int64), size.astype(np.int64), index)
+
+    def of_node(self, place: int) -> list[int]:
+        """The ranks of the node at this place, in turn."""
+        start = int(self.start[place])
+        return [int(rank) for rank in self.ranks[start : start + int(self.size[place])]]
+
+    def turns(self, jobs: Numbers) -> Numbers:
+        """How many of the ``jobs`` of its node, dealt out in turn, each of ``ranks`` gets."""
+        size = np.repeat(self.size, self.size)
+        behind = np.arange(len(self.ranks)) - np.repeat(self.start, self.size)
+        shares: Numbers = (np.repeat(jobs, self.size) - behind + size - 1) // size
+        return shares
+
+
+@dataclass
+class Turns:
+    """Who takes which box of one flow. Box k of node number j is received by that node's receiver
+    ``k mod size`` and sent by sender ``(j * count + k) mod size``.
+    """
+
+    flow: Flow
+    node_of: Numbers
+    senders: list[int]
+    """Holders, in turn, for other nodes."""
+    receivers: Group
+    """Of nodes that have no holder: the ranks that need the flow."""
+    lacking: Group
+    """Of nodes that have holders: the ranks that need the flow and are none."""
+    holders: Group
+    """Of those nodes, the holders."""
+
+    @classmethod
+    def of(cls, flow: Flow, node_of: Numbers, traffic: Traffic) -> "Turns":
+        """Given the traffic so far, to which this flow's is added."""
+        holders, needers = np.asarray(flow.holders, np.int64), np.asarray(flow.needers, np.int64)
+        has = np.zeros(len(node_of), np.bool_)
+        has[holders] = True
+        count, size = flow.count, flow.num_bytes
+        traffic.local[needers[has[needers]]] += count * size
+        lacking = needers[~has[needers]]
+        served = np.zeros(int(node_of.max()) + 1, np.bool_)
+        served[node_of[holders]] = True
+        inside = served[node_of[lacking]]
+        found = cls(
+            flow,
+            node_of,
+            [int(rank) for rank in holders[np.lexsort((holders, traffic.sent_across[holders]))]],
+            Group.of(lacking[~inside], node_of, traffic.received_across),
+            Group.of(lacking[inside], node_of, traffic.received_inside),
+            Group.of(holders, node_of, traffic.sent_inside),
+        )
+        found._count_across(traffic)
+        found._count_inside(traffic)
+        return found
+
+    def _count_across(self, traffic: Traffic) -> None:
+        count, size, group = self.flow.count, self.flow.num_bytes, self.receivers
+        if not len(group.ranks):
+            return
+        whole, rest = divmod(len(group.nodes) * count, len(self.senders))
+        traffic.sent_across[self.senders] += whole * size
+        traffic.sent_across[self.senders[:rest]] += size
+        shares = group.turns(np.full(len(group.nodes), count))
+        traffic.received_across[group.ranks] += shares * size
+        traffic.sent_inside[group.ranks] += shares * size * (np.repeat(group.size, group.size) - 1)
+        traffic.received_inside[group.ranks] += (count - shares) * size
+
+    def _count_inside(self, traffic: Traffic) -> None:
+        count, size, group = self.flow.count, self.flow.num_bytes, self.lacking
+        if not len(group.ranks):
+            return
+        traffic.received_inside[group.ranks] += count * size
+        jobs = np.zeros(len(self.holders.nodes), np.int64)
+        jobs[[self.holders.index[int(node)] for node in group.nodes]] = group.size * count
+        traffic.sent_inside[self.holders.ranks] += self.holders.turns(jobs).clip(min=0) * size
+
+    @cached_property
+    def boxes(self) -> list[tuple[str, Box]]:
+        """Each box of the flow with its tensor."""
+        return [(name, box) for names, box in self.flow.parts for name in names]
+
+    def arriving(self, rank: int) -> Iterator[tuple[bool, Transfer]]:
+        """What ``rank`` gets, with whether it is forwarded."""
+        if rank not in self.flow.needers:
+            return
+        count, node = self.flow.count, int(self.node_of[rank])
+        if rank in self.flow.holders:
+            for box in range(count):
+                yield False, self._transfer(box, rank, rank)
+        elif node in self.receivers.index:
+            place = self.receivers.index[node]
+            turn = self.receivers.of_node(place)
+            for box in range(count):
+                receiver = turn[box % len(turn)]
+                sender = self.senders[(place * count + box) % len(self.senders)]
+                yield receiver != rank, self._transfer(box, sender if receiver == rank else receiver, rank)
+        else:
+            turn = self.holders.of_node(self.holders.index[node])
+            job = self.lacking.of_node(self.lacking.index[node]).index(rank) * count
+            for box in range(count):
+                yield False, self._transfer(box, turn[(job + box) % len(turn)], rank)
+
+    def leaving(self, rank: int) -> Iterator[tuple[bool, Transfer]]:
+        """What ``rank`` sends to others, with whether it forwards it."""
+        count, node = self.flow.count, int(self.node_of[rank])
+        if rank in self.flow.holders:
+            first = self.senders.index(rank)
+            for job in range(first, len(self.receivers.nodes) * count, len(self.senders)):
+                place, box = divmod(job, count)
+                turn = self.receivers.of_node(place)
+                yield False, self._transfer(box, rank, turn[box % len(turn)])
+            if node in self.lacking.index:
+                targets = self.lacking.of_node(self.lacking.index[node])
+                turn = self.holders.of_node(self.holders.index[node])
+                for job in range(turn.index(rank), len(targets) * count, len(turn)):
+                    target, box = divmod(job, count)
+                    yield False, self._transfer(box, rank, targets[target])
+        elif rank in self.flow.needers and node in self.receivers.index:
+            turn = self.receivers.of_node(self.receivers.index[node])
+            for box in range(turn.index(rank), count, len(turn)):
+                for target in turn:
+                    if target != rank:
+                        yield True, self._transfer(box, rank, target)
+
+    def _transfer(self, box: int, source: int, target: int) -> Transfer:
+        name, part = self.boxes[box]
+        return Transfer(name=name, box=part, source=source, target=target)
