@@ -1,4 +1,4 @@
-"""Routers' losses, selection biases and freezing: three steps in plain torch, and on a rank."""
+"""Routers' losses, selection biases and freezing: a few steps in plain torch, and on a rank."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mtrl.packing import pack, plan_microbatches
 from tests.distributed.toy_runs import MAX_TOKENS, batch, each_case, load_toy
 from tests.family_toys import build_family_toy, published, published_gradients, save
 
-LR, EPS, CLIP, BETAS, NUM_STEPS = 1e-2, 1e-2, 0.5, (0.9, 0.95), 3
+LR, EPS, CLIP, BETAS, NUM_STEPS = 1e-2, 1e-2, 0.5, (0.9, 0.95), 2
 TOYS = ("qwen3 moe", "glm4 moe")
 ROUTERS: dict[str, dict[str, Any]] = {
     "microbatch": {"aux_loss": "microbatch", "aux_loss_coeff": 0.3, "z_loss_coeff": 0.02},
@@ -45,7 +45,7 @@ def write_toys(folder: Path) -> None:
 
 
 class ByHand:
-    """Three steps of transformers' model in plain torch: every term of the loss as its definition says it."""
+    """Steps of transformers' model in plain torch: every term of the loss as its definition says it."""
 
     def __init__(self, toy: str, name: str) -> None:
         self.section, self.model = router_section(toy, name), build_family_toy(toy, seed=TOYS.index(toy))
@@ -130,26 +130,28 @@ def _split(values: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
     return [[next(remaining) for _ in range(length)] for length in lengths]
 
 
-def train(folder: str, cases: list[list[Any]], names: list[str]) -> dict[str, Found]:
-    """On a rank: for every case and name of ``ROUTERS``, three steps."""
+def train(folder: str, cases: list[list[Any]], names: list[list[str]]) -> dict[str, Found]:
+    """On a rank: for every case and each of its names of ``ROUTERS``, `NUM_STEPS` steps."""
     return {
         f"{case} {name}": train_toy(
             load_toy(groups, num_chunks, Path(folder) / toy), router_section(toy, name)
         )
-        for groups, num_chunks, toy, case in each_case(cases)
-        for name in names
+        for (groups, num_chunks, toy, case), chosen in zip(each_case(cases), names, strict=True)
+        for name in chosen
     }
 
 
-def train_toy(model: Any, section: RouterSection, *, num_dp: int | None = None) -> Found:
-    """Three steps; ``num_dp``: one process, with the microbatches of so many data parallel ranks."""
+def train_toy(
+    model: Any, section: RouterSection, *, num_dp: int | None = None, num_steps: int = NUM_STEPS
+) -> Found:
+    """A few steps; ``num_dp``: one process, with the microbatches of so many data parallel ranks."""
     from mtrl.objectives import SftLoss
 
     trainer = open_trainer(model, section)
     found: Found = {"loss": [], "grad_norm": [], "aux_loss": [], "z_loss": []}
     if num_dp is not None:
         found["gradients"] = first_gradients(trainer, microbatches(model, 0, num_dp))
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         result = trainer.step(microbatches(model, step, num_dp), SftLoss())
         for name in ("loss", "grad_norm"):
             found[name].append(getattr(result, name))
@@ -196,12 +198,12 @@ def first_gradients(trainer: Any, rows: list[Any]) -> dict[str, Tensor]:
     trainer.policy.run(rows, SftLoss(), forward_only=False)
     trainer.routers.restore(biases)
     gradients = {key: p.main_grad for key, p in model.parameters().items() if p.requires_grad}
-    found: dict[str, Tensor] = {}
+    shapes, found = model.weight_map.hf_shapes(), dict[str, Tensor]()
     for piece in model.weight_map.of_rank(0).pieces:
         if (piece.chunk, piece.local.name) not in gradients:
             continue
         for simple in piece.simple():
             name = simple.hf.name
-            whole = found.setdefault(name, torch.zeros(model.weight_map.hf_shapes()[name]))
+            whole = found.setdefault(name, torch.zeros(shapes[name]))
             whole[simple.stored.slices] = read_stored(gradients, simple)
     return found

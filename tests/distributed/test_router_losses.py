@@ -15,6 +15,7 @@ from torch import Tensor
 from mtrl.parallel.spec import parse_training_spec
 from tests.distributed.router_runs import (
     BIAS,
+    NUM_STEPS,
     ROUTERS,
     TOYS,
     ByHand,
@@ -50,11 +51,16 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_alone(folder: str) -> dict[str, Found]:
-    """In one process: every toy and router, with the microbatches of one to three data parallel ranks."""
+    """In one process: every toy and router, with the microbatches of one and two data parallel ranks; one
+    step with those of three, whose division into microbatches is another one.
+    """
     cases = [["megatron:d1", 1, toy, toy] for toy in TOYS]
     return {
         f"{toy} {name} {num_dp}": train_toy(
-            load_toy(groups, 1, Path(folder) / toy), router_section(toy, name), num_dp=num_dp
+            load_toy(groups, 1, Path(folder) / toy),
+            router_section(toy, name),
+            num_dp=num_dp,
+            num_steps=1 if num_dp == 3 else NUM_STEPS,
         )
         for groups, _, toy, _ in each_case(cases)
         for name in ROUTERS
@@ -67,9 +73,14 @@ def alone(world: World, toys: Path) -> dict[str, Any]:
     return dict(world.run(train_alone, {"folder": str(toys)}, size=1, timeout_s=240.0)[0])
 
 
-def names_of(size: int) -> list[str]:
-    """The routers that layouts of ``size`` ranks are tried with."""
-    return list(ROUTERS) if size == 2 else ["microbatch", "global_batch"]
+def names_of(spec: str, toy: str) -> tuple[str, ...]:
+    """The routers that a layout is tried with: every router on every layout of two ranks, on one of the
+    toys, and every router on every toy.
+    """
+    if parse_training_spec(spec).world_size > 2:
+        return ("microbatch", "global_batch")
+    turn = (LAYOUTS.index(spec) + TOYS.index(toy)) % 2
+    return [("microbatch", "sequence"), ("global_batch", "frozen")][turn]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +89,7 @@ def trained(world: World, toys: Path) -> dict[str, Any]:
     for size in (2, 4):
         chosen = [spec for spec in LAYOUTS if parse_training_spec(spec).world_size == size]
         cases = [[spec, 1, toy, f"{spec} {toy}"] for spec in chosen for toy in TOYS]
-        arguments = {"folder": str(toys), "cases": cases, "names": names_of(size)}
+        arguments = {"folder": str(toys), "cases": cases, "names": [names_of(s, t) for s, _, t, _ in cases]}
         found |= world.run(train, arguments, size=size, timeout_s=400.0)[0]
     return found
 
@@ -113,10 +124,9 @@ def test_one_process_minimises_the_losses_as_they_are_defined(
     assert largest(found["weights"], expected["weights"]) < UPDATE_TOLERANCE
 
 
-@pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize(
-    ("spec", "name"),
-    [(spec, name) for spec in LAYOUTS for name in names_of(parse_training_spec(spec).world_size)],
+    ("spec", "toy", "name"),
+    [(spec, toy, name) for spec in LAYOUTS for toy in TOYS for name in names_of(spec, toy)],
 )
 def test_layouts_train_routers_as_one_process_does(
     alone: dict[str, Any], trained: dict[str, Any], spec: str, toy: str, name: str
