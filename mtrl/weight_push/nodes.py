@@ -1,14 +1,14 @@
 """Who sends what to whom when ranks stand on nodes: nothing crosses a node's network card twice. Pure.
 
-A needed element comes from one source: the rank itself if it has it, else a rank of its node that has it, else
-another node, and then one of the node's ranks that need it receives it and forwards it to the others. So rank r
-receives exactly need(r) minus have(r), whoever forwards included, and node n receives from other nodes exactly
-need(n) minus have(n), the unions over its ranks: both lower bounds are met at once.
+A needed element comes from one source: the rank itself if it has it, else a rank of its node that has it,
+else another node, and then one of the node's ranks that need it receives it and forwards it to the others. So
+rank r receives exactly need(r) minus have(r), whoever forwards included, and node n receives from other nodes
+exactly need(n) minus have(n), the unions over its ranks: both lower bounds are met at once.
 
-Everything is planned by *flows*: all boxes of one size that the same ranks have and the same ranks need, however
-many tensors they are of. The turns within a flow go round the ranks that can take them, the least loaded first,
-so that each rank's share differs from another's by one box a flow at most, and any rank can name its own
-transfers without looking at the others'.
+Everything is planned by *flows*: all boxes of one size that the same ranks have and the same ranks need,
+however many tensors they are of. The turns within a flow go round the ranks that can take them, the least
+loaded first, so that each rank's share differs from another's by one box a flow at most, and any rank can
+name its own transfers without looking at the others'.
 """
 
 import itertools
@@ -32,7 +32,8 @@ LARGEST_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alike:
-    """Tensors that lie alike: of each of ``names``, ranks ``have[box]`` hold ``box`` and ``need[box]`` want it.
+    """Tensors that lie alike: of each of ``names``, ranks ``have[box]`` hold ``box`` and ``need[box]`` want
+    it.
 
     The boxes that one rank needs are disjoint. ``itemsize`` is an element's bytes on the wire.
     """

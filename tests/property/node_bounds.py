@@ -26,8 +26,8 @@ def check_plan(
     need: Sequence[Boxes],
     node_of: Sequence[int],
 ) -> None:
-    """Every source has what it sends, everything needed arrives once and nothing else does, and ranks and nodes
-    receive need minus have.
+    """Every source has what it sends, everything needed arrives once and nothing else does, and ranks and
+    nodes receive need minus have.
     """
     has, wants = [masks(each, shapes) for each in have], [masks(each, shapes) for each in need]
     arrived = [masks({}, shapes) for _ in node_of]

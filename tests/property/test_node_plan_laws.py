@@ -1,5 +1,5 @@
-"""Laws of plans for ranks on nodes: each needed element arrives once, and no rank or node gets a byte more than
-it must.
+"""Laws of plans for ranks on nodes: each needed element arrives once, and no rank or node gets a byte more
+than it must.
 """
 
 from collections.abc import Sequence
