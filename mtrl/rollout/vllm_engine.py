@@ -22,11 +22,12 @@ from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
-from mtrl.rollout.loader_record import LoaderRecord
+from mtrl.rollout.kernel_layout import Ranges
+from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.rng import preserved_rng_states
 from mtrl.rollout.seeds import completion_seed
-from mtrl.rollout.weight_loading import WeightLoader
+from mtrl.rollout.weight_loading import Placed, WeightLoader
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -49,6 +50,7 @@ class VllmEngine:
         self._model = llm.model_executor.driver_worker.worker.model_runner.get_model()
         vllm_short_paths.install(self._model)
         self._vocab_size: int = llm.model_config.get_vocab_size()
+        self._derived = vllm_mends.derived_weights(self._model)
         self._loader = WeightLoader(self._model, getattr(torch, dtype), self._group)
 
     @classmethod
@@ -137,6 +139,10 @@ class VllmEngine:
         """This rank's live weights, by vLLM's names; they keep their storage."""
         return self._loader.destinations
 
+    def placed(self, copy: RecordedCopy, ranges: Ranges) -> Iterator[Placed]:
+        """See `WeightLoader.placed`."""
+        return self._loader.placed(copy, ranges)
+
     @property
     def device(self) -> torch.device:
         """Where they are."""
@@ -159,7 +165,7 @@ class VllmEngine:
         self._policy_version = None
         yield
         with torch.no_grad(), _as_guest():
-            vllm_mends.refresh_derived_weights(self._model)
+            self._derive()
             self._reset_prefix_cache()
         dist.barrier()
         self._policy_version = policy_version
@@ -176,7 +182,7 @@ class VllmEngine:
             # The trainer's own code may run inside this iteration: vLLM's torch must not be in place yet.
             self._loader.load(named)
         with _as_guest():
-            vllm_mends.refresh_derived_weights(self._model)
+            self._derive()
             self._reset_prefix_cache()
         self._policy_version = policy_version
 
@@ -305,6 +311,11 @@ class VllmEngine:
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._group)
         if bounds[0] != ~bounds[1]:
             raise RolloutError(f"ranks of engine {self.replica_index} have different {what}")
+
+    def _derive(self) -> None:
+        """Compute what is derived from the live weights."""
+        for compute in self._derived:
+            compute()
 
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

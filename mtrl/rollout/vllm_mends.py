@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.parallel.errors import RolloutError
+from mtrl.rollout.kernel_layout import Blocks, find_blocks
 from mtrl.rollout.vllm_process import check_version
 
 _SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/"
@@ -24,6 +26,8 @@ _SHM_FOLDER = Path("/dev/shm")
 
 DERIVED_PARAMETERS = (".W_UV", ".W_UK_T")
 """Latent attention's absorbed projections: parameters that no weight is loaded into but that are computed."""
+
+EXPERT_WEIGHTS = ("w13_weight", "w2_weight")
 
 COMPILED_FUNCTIONS = (
     ("vllm.v1.sample.ops.logprobs", "batched_count_greater_than"),
@@ -83,13 +87,23 @@ def _mend_cpu_experts() -> None:
                 f"vLLM pads experts with biases on CPU, of {size} to a multiple of 32, and updates would "
                 "miss the padded copy; use fewer tensor parallel ranks"
             )
+        if hasattr(layer.w13_weight, "kernel_layout"):
+            return
+        # vLLM's own packing runs on a stand-in, so that the layer's parameters stay what they are.
         packed = torch.nn.Module()
-        for name in ("w13_weight", "w2_weight"):
+        for name in EXPERT_WEIGHTS:
             live = getattr(layer, name)
             setattr(packed, name, torch.nn.Parameter(live.data, requires_grad=False))
-        # vLLM's own packing runs on the stand-in, so that the layer's parameters stay as they were loaded.
         original_pack(self, packed)
         self.mtrl_packed = packed
+        layouts = [
+            _kernel_layout(getattr(layer, name), getattr(packed, name), self.isa) for name in EXPERT_WEIGHTS
+        ]
+        if all(layouts):
+            # One tensor, in the kernel's order: `weight_loading` writes new weights to where this says.
+            for name, layout in zip(EXPERT_WEIGHTS, layouts, strict=True):
+                getattr(layer, name).data = getattr(packed, name).data
+                getattr(layer, name).kernel_layout = layout
 
     def apply(
         self: Any, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor,
@@ -110,6 +124,15 @@ def _mend_cpu_experts() -> None:
 
     CPUUnquantizedExperts.process_weights_after_loading = pack
     CPUUnquantizedExperts.apply = apply
+
+
+def _kernel_layout(live: Tensor, packed: Tensor, isa: str) -> Blocks | None:
+    """How the experts' kernel keeps its weights; None where they were padded too, or in another way."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    if live.shape != packed.shape:
+        return None
+    return find_blocks(lambda matrix: cpu_prepack_moe_weight(matrix, isa), live.shape[1:], live.dtype)
 
 
 def _rotate_every_head() -> None:
@@ -189,8 +212,8 @@ MENDS: tuple[Mend, ...] = (
         name="mend_cpu_experts",
         link=_SOURCE + "model_executor/layers/fused_moe/experts/cpu_moe.py",
         versions="0.32",
-        why="expert weights are packed in place once and not again on updates (silently wrong), and the map "
-        "of expert parallelism is ignored (reads beyond the weights)",
+        why="expert weights are packed in place once, updates then written there in the order of files "
+        "(silently wrong), and the map of expert parallelism is ignored (reads beyond the weights)",
         apply=_mend_cpu_experts,
     ),
     Mend(
@@ -252,19 +275,18 @@ def share_job_token() -> None:
     os.environ["MTRL_JOB_TOKEN"] = bytes(token.tolist()).hex()
 
 
-def refresh_derived_weights(model: torch.nn.Module) -> None:
-    """Recompute what the forward pass reads besides the live parameters: latent attention's absorbed
-    projections, and the CPU experts' packed copies.
+def derived_weights(model: torch.nn.Module) -> list[Callable[[], None]]:
+    """What must be computed again after each update, because the forward pass reads it besides the live
+    parameters: latent attention's absorbed projections, and packed copies of experts in an order that
+    ``kernel_layout`` does not know or with padding.
     """
-    from vllm.platforms import current_platform
-
+    found: list[Callable[[], None]] = []
     for layer in model.modules():
         attention: Any = layer
         if hasattr(attention, "W_UK_T"):
-            attention.process_weights_after_loading(attention.W_UK_T.dtype)
-    if not current_platform.is_cpu():
-        return
-    for layer in model.modules():
+            found.append(partial(attention.process_weights_after_loading, attention.W_UK_T.dtype))
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        if kernel is not None:
-            kernel.fused_experts.process_weights_after_loading(layer)
+        experts: Any = getattr(kernel, "fused_experts", None)
+        if hasattr(experts, "mtrl_packed") and not hasattr(attention.w13_weight, "kernel_layout"):
+            found.append(partial(experts.process_weights_after_loading, layer))
+    return found

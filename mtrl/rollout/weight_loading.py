@@ -2,19 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.parallel.errors import WeightError
+from mtrl.rollout.kernel_layout import Blocks, Ranges, in_dims_of, shifted, slices_of
 from mtrl.rollout.loader_record import EMPTY_RECORD, LoaderRecord, RecordedCopy, record_loader
 from mtrl.rollout.vllm_mends import DERIVED_PARAMETERS
 
 # Names recorded by one run of the loader, which walks the whole model each time; also how many of the
 # trainer's full tensors are alive at once during the first load.
 _NAMES_PER_RECORDING = 64
+
+Placed: TypeAlias = tuple[Ranges, Tensor]
+"""A part of a recorded copy, as ranges of its shape, and a view of the engine's live tensor with its
+elements, whose row-major order is that of the part.
+"""
 
 
 class WeightLoader:
@@ -30,10 +36,15 @@ class WeightLoader:
         self._parameters: dict[str, Tensor] = {
             name: p.data for name, p in model.named_parameters() if not name.endswith(DERIVED_PARAMETERS)
         }
+        self._layouts: dict[str, Blocks] = {
+            name: layout
+            for name, p in model.named_parameters()
+            if (layout := getattr(p, "kernel_layout", None)) is not None
+        }
         buffers: dict[str, Tensor] = {name: b for name, b in model.named_buffers() if b.is_contiguous()}
         self._destinations: Mapping[str, Tensor] = {**buffers, **self._parameters}
         self._record = EMPTY_RECORD
-        self._replays: dict[str, list[tuple[RecordedCopy, Tensor]]] = {}
+        self._replays: dict[str, list[tuple[RecordedCopy, list[Placed]]]] = {}
         self._is_complete = False
 
     @property
@@ -66,6 +77,25 @@ class WeightLoader:
             raise error or WeightError("another rank of this engine refused the weights; its error says why")
         self._check_record()
         return self._record
+
+    def placed(self, copy: RecordedCopy, ranges: Ranges) -> Iterator[Placed]:
+        """Where the elements of a copy within ``ranges`` of its shape live.
+
+        The views stay valid for as long as the parameter keeps its storage, which nothing here changes.
+        """
+        tensor, layout = self._destinations[copy.destination], self._layouts.get(copy.destination)
+        region, shape = copy.destination_region, copy.destination_region.shape
+        if layout is None:
+            yield ranges, region.of(tensor)[slices_of(ranges)]
+            return
+        whole = region.box(tuple(tensor.shape))
+        lengths = tuple(high - low for low, high in whole or ())
+        if whole is None or [size for size in lengths if size > 1] != [size for size in shape if size > 1]:
+            raise WeightError(f"{copy.source} goes to {copy.destination} in an order that cannot be packed")
+        starts = [low for low, _ in whole]
+        box = shifted(in_dims_of(lengths, ranges, shape), starts)
+        for part, view in layout.pieces(tensor, box):
+            yield in_dims_of(shape, shifted(part, [-low for low in starts]), lengths), view
 
     def replay(self, name: str, tensor: Tensor) -> None:
         """Write a full tensor to all its places."""
@@ -129,16 +159,19 @@ class WeightLoader:
         part = record_loader(self._model.load_weights, sources, self._destinations, self._dtype)
         self._record = self._record.joined(part)
         for fill in part.fills:
+            if fill.destination in self._layouts:
+                raise WeightError(f"the loader fills a part of {fill.destination}, which its kernel reorders")
             fill.region.of(self._destinations[fill.destination]).fill_(fill.value)
         for copy in part.copies:
-            # The view stays valid for as long as the parameter keeps its storage, which nothing here changes.
-            view = copy.destination_region.of(self._destinations[copy.destination])
-            self._replays.setdefault(copy.source, []).append((copy, view))
+            whole = tuple((0, size) for size in copy.destination_region.shape)
+            self._replays.setdefault(copy.source, []).append((copy, list(self.placed(copy, whole))))
 
     def _replay(self, name: str, tensor: Tensor) -> None:
         source = tensor.detach().contiguous()
-        for copy, destination in self._replays.get(name, ()):
-            destination.copy_(copy.source_region.of(source))
+        for copy, parts in self._replays.get(name, ()):
+            given = copy.source_region.of(source)
+            for ranges, destination in parts:
+                destination.copy_(given[slices_of(ranges)].reshape(destination.shape))
 
     def _check_record(self) -> None:
         """Each name must be needed by some rank; collective over the replica."""

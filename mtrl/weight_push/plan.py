@@ -8,9 +8,9 @@ engine's, and of flat buckets between them; a push is then a few calls on those 
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from mtrl.models.pieces import stored_region
 from mtrl.models.transfers import Boxes, Transfer, TransferPlan, plan_transfers
 from mtrl.models.weight_map import WeightMap
 from mtrl.parallel.agreement import gather_json
+from mtrl.rollout.kernel_layout import Ranges, in_dims_of, shifted
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
+from mtrl.rollout.weight_loading import Placed
 
 Pairs = tuple[list[Tensor], list[Tensor]]
 
@@ -113,7 +115,7 @@ class Views:
 
     model: Model
     needs: Needs
-    destinations: Mapping[str, Tensor]
+    placed: Callable[[RecordedCopy, Ranges], Iterator[Placed]]
     staging: Mapping[str, Tensor]
     _pieces: dict[str, list[tuple[Box, Piece]]] = field(init=False)
     _tensors: Mapping[Any, Tensor] = field(init=False)
@@ -136,17 +138,41 @@ class Views:
             yield Box(tuple((low + a, low + b) for (a, b), (low, _) in ranges)), region[factors.slices]
 
     def wanted(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
-        """Where the engine wants the elements of ``box``: parts of it, each with a view of that part's
-        shape.
+        """Where the engine wants the elements of ``box``: parts of it, each with a view of its elements in
+        some shape whose row-major order is that of the part.
         """
         if name in self.staging:
             yield box, self.staging[name][box.slices]
             return
         for source, copy in self.needs.copies[name]:
             common = source.intersect(box)
-            if common is not None:
-                view = copy.destination_region.of(self.destinations[copy.destination]).view(source.shape)
-                yield common, view[common.relative_to(source).slices]
+            if common is None:
+                continue
+            shape, starts = copy.source_region.shape, [low for low, _ in source.ranges]
+            for part, view in self.placed(
+                copy, in_dims_of(shape, common.relative_to(source).ranges, source.shape)
+            ):
+                yield Box(shifted(in_dims_of(source.shape, part, shape), starts)), view
+
+    def matched(self, name: str, box: Box) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where the engine wants what the trainer holds: (target, source) views of the same elements."""
+        for part, source in self.held(name, box):
+            for wanted, target in self.wanted(name, part):
+                if wanted == part and _common_shape(target.shape, source.shape) is not None:
+                    yield target, source
+                else:
+                    for smaller in (wanted,) if wanted != part else _halves(part):
+                        yield from self.matched(name, smaller)
+
+
+def _halves(box: Box) -> tuple[Box, Box]:
+    """Cut along the longest dim."""
+    dim = max(range(len(box.ranges)), key=lambda each: box.shape[each])
+    low, high = box.ranges[dim]
+    middle = (low + high) // 2
+    return tuple(  # type: ignore[return-value]
+        Box((*box.ranges[:dim], part, *box.ranges[dim + 1 :])) for part in ((low, middle), (middle, high))
+    )
 
 
 def _grouped(shape: Sequence[int], counts: Sequence[int]) -> list[tuple[int, ...]]:
@@ -247,9 +273,8 @@ def _round(
             _pair(found.incoming, target, bucket[part.relative_to(transfer.box).slices])
     for transfer in transfers:
         if transfer.source == transfer.target == rank:
-            for wanted, target in views.wanted(transfer.name, transfer.box):
-                for part, source in views.held(transfer.name, wanted):
-                    _pair(found.local, target[part.relative_to(wanted).slices], source)
+            for target, source in views.matched(transfer.name, transfer.box):
+                _pair(found.local, target, source)
     found.local, found.outgoing, found.incoming = map(
         coalesced, (found.local, found.outgoing, found.incoming)
     )
@@ -257,30 +282,38 @@ def _round(
 
 
 def coalesced(pairs: Pairs) -> Pairs:
-    """The same copies in fewer: those that follow each other in memory on both sides become one.
+    """The same copies in fewer: those that go on where another ends, or follow others at equal distances.
 
     Experts, and their gates and ups, often lie in the same order in trainer and engine.
     """
     flat: list[tuple[Tensor, Tensor]] = []
-    rest: Pairs = ([], [])
+    rest: list[tuple[Tensor, Tensor]] = []
     for destination, source in zip(*pairs, strict=True):
         if destination.is_contiguous() and source.is_contiguous() and destination.dtype == source.dtype:
             flat.append((destination.view(-1), source.view(-1)))
         else:
-            rest[0].append(destination)
-            rest[1].append(source)
-    flat.sort(key=lambda pair: (pair[0].untyped_storage().data_ptr(), pair[0].storage_offset()))
-    for run in _runs(flat):
+            rest.append((destination, source))
+    for run in _runs(sorted(flat, key=_place), lambda run, pair: _goes_on(run[-1], pair)):
         size = sum(destination.numel() for destination, _ in run)
-        for side, tensor in zip(rest, run[0], strict=True):
-            side.append(tensor.as_strided((size,), (1,), tensor.storage_offset()))
-    return rest
+        first, second = (tensor.as_strided((size,), (1,), tensor.storage_offset()) for tensor in run[0])
+        rest.append((first, second))
+    found: Pairs = ([], [])
+    for run in _runs(sorted(rest, key=lambda pair: (_form(pair), _place(pair))), _is_next):
+        if len(run) > 1:
+            steps = _steps(run[0], run[1])
+            run = [tuple(_stack(*each, len(run)) for each in zip(run[0], steps, strict=True))]  # type: ignore[list-item]
+        for side, tensor in zip(found, run[0], strict=True):
+            side.append(tensor)
+    return found
 
 
-def _runs(flat: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    run: list[tuple[Tensor, Tensor]] = []
-    for pair in flat:
-        if run and not all(_follows(now, last) for now, last in zip(pair, run[-1], strict=True)):
+Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+def _runs(pairs: Sequence[Pair], belongs: Callable[[Sequence[Pair], Pair], bool]) -> Iterator[list[Pair]]:
+    run: list[Pair] = []
+    for pair in pairs:
+        if run and not belongs(run, pair):
             yield run
             run = []
         run.append(pair)
@@ -288,18 +321,58 @@ def _runs(flat: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, 
         yield run
 
 
-def _follows(tensor: Tensor, last: Tensor) -> bool:
-    """Whether it begins where ``last`` ends, in the same storage."""
-    same = tensor.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-    return same and tensor.storage_offset() == last.storage_offset() + last.numel()
+def _place(pair: Pair) -> tuple[int, int]:
+    return pair[0].untyped_storage().data_ptr(), int(pair[0].storage_offset())
+
+
+def _form(pair: Pair) -> tuple[Any, ...]:
+    """What pairs that can be stacked have in common."""
+    return tuple(
+        (str(t.dtype), t.untyped_storage().data_ptr(), tuple(t.shape), tuple(t.stride())) for t in pair
+    )
+
+
+def _steps(last: Pair, pair: Pair) -> tuple[int, int]:
+    first, second = (int(b.storage_offset() - a.storage_offset()) for a, b in zip(last, pair, strict=True))
+    return first, second
+
+
+def _goes_on(last: Pair, pair: Pair) -> bool:
+    """Whether it begins, on both sides, where the last one ends in the same storage."""
+    same = all(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        for a, b in zip(last, pair, strict=True)
+    )
+    return same and _steps(last, pair) == (last[0].numel(), last[1].numel())
+
+
+def _is_next(run: Sequence[Pair], pair: Pair) -> bool:
+    """Whether it follows as the run's pairs follow each other."""
+    if _form(run[-1]) != _form(pair) or min(_steps(run[-1], pair)) <= 0:
+        return False
+    return len(run) == 1 or _steps(run[-1], pair) == _steps(run[-2], run[-1])
+
+
+def _stack(first: Tensor, step: int, count: int) -> Tensor:
+    return first.as_strided((count, *first.shape), (step, *first.stride()), first.storage_offset())
 
 
 def _pair(pairs: Pairs, destination: Tensor, source: Tensor) -> None:
-    """Both in the shape that has more dims: splitting a dim needs no copy, joining two may."""
-    assert destination.numel() == source.numel() == math.prod(source.shape)
-    if destination.dim() < source.dim():
-        destination = destination.view(source.shape)
-    elif destination.shape != source.shape:
-        source = source.view(destination.shape)
-    pairs[0].append(destination)
-    pairs[1].append(source)
+    """Both in one shape: dims are split where the other side has more of them, which needs no copy."""
+    shape = _common_shape(destination.shape, source.shape)
+    assert shape is not None, (destination.shape, source.shape)
+    pairs[0].append(destination.view(shape))
+    pairs[1].append(source.view(shape))
+
+
+def _common_shape(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape that splits the dims of both, of as many elements; None where they do not divide.
+
+    >>> _common_shape((6, 4), (2, 3, 4))
+    (2, 3, 4)
+    """
+    assert math.prod(one) == math.prod(other)
+    sizes = sorted({math.prod(shape[dim:]) for shape in (one, other) for dim in range(len(shape) + 1)} | {1})
+    if any(big % small for small, big in itertools.pairwise(sizes)):
+        return None
+    return tuple(big // small for small, big in itertools.pairwise(sizes))[::-1]

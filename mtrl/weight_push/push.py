@@ -46,7 +46,7 @@ class WeightPush:
         self.staging = {
             name: torch.empty(shapes[name], dtype=dtype, device=engine.device) for name in needs.whole
         }
-        self._views = Views(model, needs, engine.destinations, self.staging)
+        self._views = Views(model, needs, engine.placed, self.staging)
         everyones = exchange_needs(needs)
         kept = {name: DTYPES[each] for name, each in model.weight_map.hf_dtypes().items()}
         plan = plan_push(model.weight_map, everyones)
