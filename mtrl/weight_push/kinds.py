@@ -22,7 +22,7 @@ from mtrl.models.weight_map import check_model_fits, padded_vocab_size
 from mtrl.parallel.errors import LayoutError
 from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import RolloutSpec
-from mtrl.weight_push.nodes import Alike, Ranks
+from mtrl.weight_push.flows import Alike, Ranks
 
 VOCAB_MULTIPLE = 64
 """vLLM pads the vocabulary to a multiple of this before it splits it (VocabParallelEmbedding)."""

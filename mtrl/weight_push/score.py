@@ -1,5 +1,4 @@
-"""What a push from one layout to another must move at least, without planning it: need minus have, by ranges.
-Pure.
+"""What a push from one layout to another must move at least, without planning it. Pure.
 
 A rank must receive need(r) minus have(r); a node, need(n) minus have(n) of the unions over its ranks. `score`
 computes both from the ranges of ``kinds.py``, a few numbers a kind and rank, so that many rollout layouts can
@@ -59,7 +58,7 @@ def compare(
     *,
     itemsize: int,
     gpus_per_node: int,
-) -> Iterator[Score]:
+) -> list[Score]:
     """Every rollout layout of the same world that the model fits, ``engines`` among them; the fewest bytes
     first: by the rank that receives most, then by the node.
     """
@@ -75,9 +74,7 @@ def compare(
             except LayoutError:
                 continue
             found.append(score(kinds, layout, each, gpus_per_node))
-    return iter(
-        sorted(found, key=lambda each: (each.received.max(), each.into_nodes.max(), each.engines.spec.tp))
-    )
+    return sorted(found, key=lambda each: (each.received.max(), each.into_nodes.max(), each.engines.spec.tp))
 
 
 def _merged(kinds: Sequence[Kind]) -> dict[object, tuple[Kind, int]]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mtrl.models.boxes import Box
 from mtrl.models.transfers import Boxes, Transfer
 from mtrl.parallel.errors import WeightError
-from mtrl.weight_push import nodes
-from mtrl.weight_push.nodes import Alike, NodePlan, plan_alike, plan_nodes
+from mtrl.weight_push import flows
+from mtrl.weight_push.flows import Alike
+from mtrl.weight_push.nodes import NodePlan, Traffic, plan_alike, plan_nodes
 from tests.property.node_bounds import check_plan
 
 pytestmark = pytest.mark.one_stack
@@ -61,7 +62,7 @@ def test_every_needed_element_arrives_once_and_nothing_more(
 ) -> None:
     have, need, node_of = world
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nodes, "LARGEST_BYTES", largest)
+        patch.setattr(flows, "LARGEST_BYTES", largest)
         plan = plan_nodes("ab", have, need, node_of)
         check_plan(plan, {"a": SHAPE, "b": SHAPE}, have, need, node_of)
         alike = [tensors(name, have, need) for name in "ab"]
@@ -85,9 +86,9 @@ def tensors(name: str, have: Sequence[Boxes], need: Sequence[Boxes]) -> Alike:
     return Alike(names=(name,), have=sides[0], need=sides[1])
 
 
-def check_counts(plan: NodePlan, traffic: nodes.Traffic, node_of: Sequence[int]) -> None:
+def check_counts(plan: NodePlan, traffic: Traffic, node_of: Sequence[int]) -> None:
     """The counted traffic is that of the transfers."""
-    found = nodes.Traffic.none(len(node_of))
+    found = Traffic.none(len(node_of))
     for each in (*plan.first.transfers, *plan.forwarded.transfers):
         size = each.box.num_elements
         if each.source == each.target:
@@ -130,7 +131,7 @@ def test_a_rank_s_own_comes_before_its_node_s_before_another_s() -> None:
 
 
 def test_one_large_tensor_is_sent_and_received_by_all_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "LARGEST_BYTES", 2)
+    monkeypatch.setattr(flows, "LARGEST_BYTES", 2)
     held: Boxes = {"w": (WHOLE,)}
     plan = plan_nodes("w", [held] * 4 + [{}] * 4, [{}] * 4 + [held] * 4, [0] * 4 + [1] * 4)
     assert {(t.source, t.target) for t in plan.first.transfers} == {(0, 4), (1, 5), (2, 6), (3, 7)}
