@@ -1,12 +1,16 @@
 """Start ``mtrl/train.py`` as a user does, and read what it left."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.distributed.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "mtrl" / "train.py")
@@ -41,6 +45,37 @@ def _run(folder: Path, command: list[str], timeout_s: float, stdin: str = "") ->
         command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout_s
     )
     return Finished(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def forked(world: World, folder: Path, module: str, *arguments: str | Path) -> Finished:
+    """What ``python -m MODULE ARGUMENTS`` prints and returns in ``folder``, without its imports' time."""
+    found = world.run(
+        run_captured,
+        {"folder": str(folder), "module": module, "arguments": [str(each) for each in arguments]},
+        size=1,
+        start=False,
+    )[0]
+    return Finished(**found)
+
+
+def run_captured(folder: str, module: str, arguments: list[str]) -> dict[str, Any]:
+    """On a rank: call ``main`` of a module; its status and all that the process wrote."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            status = importlib.import_module(module).main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        texts = {}
+        for name, file in (("out", out), ("err", err)):
+            file.seek(0)
+            texts[name] = file.read()
+        return {"status": status, **texts}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from mtrl.checkpoint.torch_dist import read_index
 from mtrl.models.families import load_model_config
 from mtrl.models.files import SafetensorsWriter
 from mtrl.models.safetensors_header import read_headers
-from tests.e2e.jobs import ROOT, Finished, python
+from tests.distributed.world import World
+from tests.e2e.jobs import ROOT, Finished, forked, python, run_main
 from tests.family_toys import build_family_toy, save
 
 TOOL = str(ROOT / "tools" / "convert_checkpoint.py")
@@ -34,6 +35,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tool(folder: Path, *arguments: str | Path) -> Finished:
     return python(folder, TOOL, *map(str, arguments))
+
+
+def convert(world: World, folder: Path, *arguments: str | Path) -> Finished:
+    """The same, where what is tested is not the process."""
+    return forked(world, folder, "mtrl.tools.convert_checkpoint", *arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world: World, toy: Path) -> Path:
+    """What a run of two ranks left."""
+    world.run(
+        run_main,
+        {"folder": str(toy), "arguments": ["sft.yaml", "output_dir=runs/to_convert"]},
+        size=2,
+        start=False,
+    )
+    return toy / "runs" / "to_convert" / "checkpoints" / "step_000004"
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -54,10 +72,10 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(model: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_there_and_back_with_logits_compared(model: Path, tmp_path: Path) -> None:
-    there = tool(tmp_path, model, "megatron", "--to", "torch_dist", "--verify", "logits")
+def test_there_and_back_with_logits_compared(world: World, model: Path, tmp_path: Path) -> None:
+    there = convert(world, tmp_path, model, "megatron", "--to", "torch_dist", "--verify", "logits")
     assert there.status == 0, there.err
-    back = tool(tmp_path, "megatron", "back", "--to", "hf", "--config", model, "--verify", "logits")
+    back = convert(world, tmp_path, "megatron", "back", "--to", "hf", "--config", model, "--verify", "logits")
     assert back.status == 0, back.err
     for done, whose in ((there, "mtrl"), (back, "transformers")):
         assert "proved: 135 tensors, " in done.out and "; every bit of them compared with" in done.out
@@ -168,9 +186,9 @@ EVIL = b"cposix\nmkdir\n(Vsung\ntR."
 
 
 @pytest.fixture(scope="module")
-def megatron(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def megatron(world: World, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("megatron")
-    done = tool(folder, model, "good", "--to", "torch_dist")
+    done = convert(world, folder, model, "good", "--to", "torch_dist")
     assert done.status == 0, done.err
     return folder / "good"
 
@@ -184,7 +202,7 @@ def put_archive(path: Path) -> None:
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt", "__0_0.distcp"])
 def test_no_pickle_of_a_megatron_checkpoint_is_run(
-    model: Path, megatron: Path, tmp_path: Path, file: str
+    world: World, model: Path, megatron: Path, tmp_path: Path, file: str
 ) -> None:
     shutil.copytree(megatron, tmp_path / "evil")
     path = tmp_path / "evil" / "release" / file
@@ -198,7 +216,7 @@ def test_no_pickle_of_a_megatron_checkpoint_is_run(
                 for _, stretch in stored.chunks:
                     stream.seek(stretch.offset)
                     stream.write(EVIL)
-    done = tool(tmp_path, "evil", "out", "--to", "hf", "--config", model)
+    done = convert(world, tmp_path, "evil", "out", "--to", "hf", "--config", model)
     assert done.status == 1
     assert done.err.startswith(f"ModelError: {path}"), done.err
     assert "names posix.mkdir" in done.err, done.err
@@ -206,29 +224,37 @@ def test_no_pickle_of_a_megatron_checkpoint_is_run(
 
 
 @pytest.mark.parametrize("content", ["a bare pickle", "an archive"])
-def test_no_pickle_with_the_name_of_safetensors_is_run(model: Path, tmp_path: Path, content: str) -> None:
+def test_no_pickle_with_the_name_of_safetensors_is_run(
+    world: World, model: Path, tmp_path: Path, content: str
+) -> None:
     shutil.copytree(model, tmp_path / "evil")
     path = tmp_path / "evil" / "model.safetensors"
     path.unlink()
     path.write_bytes(EVIL) if content == "a bare pickle" else put_archive(path)
     for to in ("hf", "mtrl", "torch_dist"):
-        done = tool(tmp_path, "evil", "out", "--to", to)
+        done = convert(world, tmp_path, "evil", "out", "--to", to)
         assert done.status == 1
         assert done.err.startswith(f"ModelError: {path} is no whole safetensors file: "), done.err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["evil"]
 
 
-def test_folders_with_only_other_kinds_of_weights_are_not_read(model: Path, tmp_path: Path) -> None:
+def test_folders_with_only_other_kinds_of_weights_are_not_read(
+    world: World, model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "evil").mkdir()
     shutil.copy(model / "config.json", tmp_path / "evil")
     put_archive(tmp_path / "evil" / "pytorch_model.bin")
-    done = tool(tmp_path, "evil", "out", "--to", "hf")
+    done = convert(world, tmp_path, "evil", "out", "--to", "hf")
     assert done.status == 1 and "holds neither model.safetensors nor" in done.err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["evil"]
 
 
-def test_the_checkpoint_of_a_run_goes_on_with_its_training_state(checkpoint: Path, tmp_path: Path) -> None:
-    done = tool(tmp_path, checkpoint, checkpoint.name, "--to", "mtrl", "--with-optimizer", "--verify", "full")
+def test_the_checkpoint_of_a_run_goes_on_with_its_training_state(
+    world: World, checkpoint: Path, tmp_path: Path
+) -> None:
+    done = convert(
+        world, tmp_path, checkpoint, checkpoint.name, "--to", "mtrl", "--with-optimizer", "--verify", "full"
+    )
     assert done.status == 0, done.err
     target = tmp_path / checkpoint.name
     assert verify(target) == []
@@ -236,10 +262,14 @@ def test_the_checkpoint_of_a_run_goes_on_with_its_training_state(checkpoint: Pat
         assert (target / "training" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_checkpoint_of_a_run_opens_in_transformers_as_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_run_opens_in_transformers_as_a_folder(
+    world: World, checkpoint: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = tool(tmp_path, checkpoint, "out", "--to", "hf", "--dtype", "bfloat16", "--verify", "logits")
+    done = convert(
+        world, tmp_path, checkpoint, "out", "--to", "hf", "--dtype", "bfloat16", "--verify", "logits"
+    )
     assert done.status == 0, done.err
     network, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True

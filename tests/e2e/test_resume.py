@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from tests.distributed.world import World, WorldError
-from tests.e2e.jobs import ROOT, TRAIN, lines, python, run_main, untimed
+from tests.e2e.jobs import ROOT, TRAIN, forked, lines, python, run_main, untimed
 
 OPTIONS = ("algorithm.total_steps=4", "checkpoint.every_steps=1")
 
@@ -97,24 +97,25 @@ def test_a_run_without_a_checkpoint_starts_from_the_start(world: World, toy: Pat
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def refusal(toy: Path, name: str, *options: str) -> str:
+def refusal(world: World, toy: Path, name: str, *options: str) -> str:
     """What is said before anything starts, on one rank, whose layout fits any checkpoint."""
     layout = ("if_exists=resume", "actor.backend=megatron:d1")
-    done = python(toy, TRAIN, "sft.yaml", f"output_dir=runs/{name}", *OPTIONS, *layout, *options)
+    arguments = ("sft.yaml", f"output_dir=runs/{name}", *OPTIONS, *layout, *options)
+    done = forked(world, toy, "mtrl.train", *arguments)
     assert (done.status, done.out) == (2, "")
     return done.err
 
 
-def test_what_does_not_fit_the_checkpoint_is_refused(toy: Path, straight: Path) -> None:
+def test_what_does_not_fit_the_checkpoint_is_refused(world: World, toy: Path, straight: Path) -> None:
     run = copy_of(straight, "unfit", steps=2)
     before = (run / "config.yaml").read_text()
-    told = refusal(toy, "unfit", "seed=7")
+    told = refusal(world, toy, "unfit", "seed=7")
     assert told.startswith(
         "ConfigError: seed: given 7, but runs/unfit/checkpoints/step_000002 was written with"
     )
-    told = refusal(toy, "unfit", "model.precision=bf16")
+    told = refusal(world, toy, "unfit", "model.precision=bf16")
     assert "model.precision: given bf16, but" in told and "was written with fp32" in told
-    told = refusal(toy, "unfit", "data.train=task/train_short.jsonl")
+    told = refusal(world, toy, "unfit", "data.train=task/train_short.jsonl")
     assert "data.train: has 12 records, had 24" in told
     assert (run / "config.yaml").read_text() == before
 
@@ -128,7 +129,7 @@ def short_data(toy: Path) -> None:
 def test_weights_alone_are_no_place_to_go_on_from(world: World, toy: Path) -> None:
     sft(world, toy, "weights", "checkpoint.contents=weights", "algorithm.total_steps=1")
     assert not list((toy / "runs" / "weights").glob("checkpoints/*/training/optimizer*"))
-    told = refusal(toy, "weights")
+    told = refusal(world, toy, "weights")
     assert "checkpoint.contents=weights" in told and "model.path=runs/weights/checkpoints/step_000001" in told
 
 
@@ -163,7 +164,7 @@ def test_checkpoints_that_are_gone_are_not_taken_for_none(toy: Path, straight: P
         shutil.rmtree(path)
     before = (run / "metrics.jsonl").read_text()
     with pytest.raises(WorldError, match=r"has latest\.json and none of the checkpoints it speaks of"):
-        sft(world, toy, "gone", "if_exists=resume")
+        sft(world, toy, "gone", "if_exists=resume", "actor.backend=megatron:d1", size=1)
     assert (run / "metrics.jsonl").read_text() == before
 
 
@@ -172,18 +173,20 @@ def test_damage_is_not_taken_for_a_config_that_does_not_fit(world: World, toy: P
     state = run / "checkpoints" / "step_000002" / "training" / "state.json"
     state.write_text(state.read_text().replace('"seed": 1', '"seed": 3'))
     with pytest.raises(WorldError) as raised:
-        sft(world, toy, "digit", "if_exists=resume")
+        sft(world, toy, "digit", "if_exists=resume", "actor.backend=megatron:d1", size=1)
     assert "training/state.json is not what was written" in str(raised.value)
 
 
 def test_routers_unfrozen_find_no_state_and_say_so(world: World, toy: Path) -> None:
-    sft(world, toy, "frozen", "actor.router.freeze=true", "algorithm.total_steps=1")
+    alone = "actor.backend=megatron:d1"
+    sft(world, toy, "frozen", "actor.router.freeze=true", "algorithm.total_steps=1", alone, size=1)
     with pytest.raises(WorldError, match=r"lacks \d+ of \d+ elements of exp_avg of .*mlp\.gate\.weight"):
-        sft(world, toy, "frozen", "if_exists=resume")
+        sft(world, toy, "frozen", "if_exists=resume", alone, size=1)
 
 
-def test_a_folder_that_is_no_run_is_not_resumed(toy: Path) -> None:
-    done = python(toy, TRAIN, "sft.yaml", "output_dir=task", "if_exists=resume", "actor.backend=megatron:d1")
+def test_a_folder_that_is_no_run_is_not_resumed(world: World, toy: Path) -> None:
+    arguments = ("sft.yaml", "output_dir=task", "if_exists=resume", "actor.backend=megatron:d1")
+    done = forked(world, toy, "mtrl.train", *arguments)
     assert done.status == 2
     assert "task is not empty and has no config.yaml, so it is no run to resume" in done.err
 
@@ -211,16 +214,15 @@ def test_asked_to_stop_it_saves_and_ends_well(toy: Path, number: signal.Signals)
     assert (toy / "runs" / name / "checkpoints" / f"step_{last:06d}" / "manifest.json").is_file()
 
 
-def test_a_run_still_going_is_not_resumed_beside_itself(toy: Path, straight: Path) -> None:
+def test_a_run_still_going_is_not_resumed_beside_itself(world: World, toy: Path, straight: Path) -> None:
     import fcntl
 
     run = copy_of(straight, "held", steps=2)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        arguments = ("output_dir=runs/held", "if_exists=resume", "actor.backend=megatron:d1")
-        done = python(toy, TRAIN, "sft.yaml", *arguments)
-        replaced = python(toy, TRAIN, "sft.yaml", "output_dir=runs/held", "if_exists=replace", arguments[2])
-    for each in (done, replaced):
+        arguments = ("mtrl.train", "sft.yaml", "output_dir=runs/held", "actor.backend=megatron:d1")
+        done = [forked(world, toy, *arguments, f"if_exists={choice}") for choice in ("resume", "replace")]
+    for each in done:
         assert each.status == 2
         assert "runs/held belongs to a run that is still going" in each.err
     assert run.is_dir()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.jobs import ROOT, TRAIN, python, torchrun
+from tests.distributed.world import World
+from tests.e2e.jobs import ROOT, TRAIN, forked, python, torchrun
 
 
 def own_lines(text: str) -> list[str]:
@@ -47,9 +48,9 @@ def test_a_dry_run_prints_the_config_and_starts_nothing(toy: Path) -> None:
     assert "samples_per_step: 6" in done.out and not (toy / "runs" / "dry").exists()
 
 
-def test_an_output_folder_that_holds_something_is_refused_and_kept(toy: Path) -> None:
+def test_an_output_folder_that_holds_something_is_refused_and_kept(world: World, toy: Path) -> None:
     before = sorted((toy / "task").iterdir())
-    done = python(toy, TRAIN, "sft.yaml", "actor.backend=megatron:d1", "output_dir=task")
+    done = forked(world, toy, "mtrl.train", "sft.yaml", "actor.backend=megatron:d1", "output_dir=task")
     assert done.status == 2
     assert done.err.startswith("OutputExistsError: output_dir: task exists and is not an empty folder; write")
     assert sorted((toy / "task").iterdir()) == before
