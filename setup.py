@@ -36,6 +36,7 @@ EXTRAS = {
         "datasets>=4",
         "pytest>=8",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "jsonschema",
         "psutil",  # what Megatron-Core 0.19 saves torch_dist checkpoints with

@@ -17,11 +17,13 @@ trap 'rm -rf "$MTRL_LEDGER"' EXIT
 export MTRL_LEDGER OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
 
 run_pytest() { "$1" -m pytest --durations=5 -q "${@:2}"; }
+# Two at a time, each file as a whole: its tests share what they start. In order, so that the longest come first.
+by_two=(-n 2 --dist loadfile --no-loadscope-reorder)
 
 step_lint() { "$py" -m ruff check . && "$py" -m ruff format --check .; }
 step_types() { "$py" -m mypy -p mtrl; }
-step_unit() { run_pytest "$py" tests --ignore=tests/distributed -m "not vllm and not slow"; }
-step_distributed() { run_pytest "$py" tests/distributed -m "not vllm and not slow"; }
+step_unit() { run_pytest "$py" "${by_two[@]}" tests --ignore=tests/distributed -m "not vllm and not slow"; }
+step_distributed() { run_pytest "$py" "${by_two[@]}" tests/distributed -m "not vllm and not slow"; }
 has_vllm() {
   "$py" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' \
     || { note="not run: this environment has no vLLM (make env says why)"; return 1; }
@@ -63,7 +65,7 @@ step_second() {
   note=$("$second/bin/python" -c 'import sys, importlib.metadata as m
 print(f"Python {sys.version_info[0]}.{sys.version_info[1]}, megatron-core", m.version("megatron-core"))')
   # What meets Megatron-Core or the device; the other unit tests run on the first environment only.
-  run_pytest "$second/bin/python" tests/distributed tests/unit/test_host.py tests/unit/test_device.py \
+  run_pytest "$second/bin/python" "${by_two[@]}" tests/distributed tests/unit/test_host.py tests/unit/test_device.py \
     tests/unit/test_quiet.py tests/unit/test_packed.py \
     -m "not vllm and not slow and not one_stack"
 }

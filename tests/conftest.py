@@ -48,6 +48,24 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     ENTRIES.extend(Entry(category="deselected", test=item.nodeid, reason="-m") for item in items)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """With workers (pytest-xdist), all of which leave out the same tests: note what the last to end left out.
+
+    Skips, expected failures and refusals come to the controller as reports.
+    """
+    ENTRIES[:] = [entry for entry in ENTRIES if entry.category != "deselected"]
+    left_out = getattr(node, "workeroutput", {}).get("deselected", [])
+    ENTRIES.extend(Entry(category="deselected", test=test, reason="-m") for test in left_out)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker: tell the controller what was left out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deselected"] = [entry.test for entry in ENTRIES if entry.category == "deselected"]
+
+
 def _reason_of_skip(longrepr: Any) -> str:
     text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
     return str(text).removeprefix("Skipped: ")

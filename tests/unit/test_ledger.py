@@ -40,7 +40,10 @@ def entries(*categories: str) -> list[Entry]:
     return [Entry(category=category, test="t", reason="r") for category in categories]
 
 
-def test_every_way_to_leave_a_test_out_is_counted_with_its_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadfile"]], ids=["alone", "two workers"])
+def test_every_way_to_leave_a_test_out_is_counted_once_with_its_reason(
+    tmp_path: Path, workers: list[str]
+) -> None:
     suite, counts = tmp_path / "suite", tmp_path / "counts"
     suite.mkdir()
     counts.mkdir()
@@ -60,7 +63,7 @@ def test_every_way_to_leave_a_test_out_is_counted_with_its_reason(tmp_path: Path
         "pyproject.toml",
     ]
     done = subprocess.run(
-        [*command, str(suite)],
+        [*command, *workers, str(suite)],
         cwd=ROOT,
         env=os.environ | {"MTRL_LEDGER": str(counts)},
         capture_output=True,
@@ -68,6 +71,7 @@ def test_every_way_to_leave_a_test_out_is_counted_with_its_reason(tmp_path: Path
     )
     assert done.returncode == 0, done.stdout
     found = {(entry.category, entry.reason) for entry in ledger.read(counts)[ledger.current_leg()]}
+    assert len(found) == len(ledger.read(counts)[ledger.current_leg()])
     assert found == {
         ("skipped", "no such part"),
         ("skipped", "a whole file"),
