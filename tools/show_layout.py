@@ -2,8 +2,11 @@
 
     python tools/show_layout.py "megatron:(attn:d4p2t2c2|ffn:d2p2t4e2)" --svg layout.svg
     python tools/show_layout.py vllm:d2t4 --model /models/Qwen3-30B-A3B
+    python tools/show_layout.py "megatron:(attn:d8|ffn:e8)" vllm:d2t4 --model /models/Qwen3-30B-A3B
 
-Needs no GPU, no torch and no installation. Ends with 1 where the spec does not fit the model.
+With a trainer's and a rollout's string it also says what a push of new weights moves, and which rollout
+layouts would need the fewest bytes; of the model's folder only ``config.json`` is read. Needs no GPU, no
+torch and no installation. Ends with 1 where a spec does not fit the model.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from mtrl.parallel.spec import ParallelSpec
 from mtrl.tools.layout_facts import MEANINGS, Axis, Share, View, model_shares, ranks_text, refuse_problems
 from mtrl.tools.layout_picture import picture_of
 from mtrl.tools.layout_svg import draw
+from mtrl.tools.push_score import PushScore
 
 MAX_GROUPS_SHOWN = 16
 MAX_RANKS_LISTED = 64
@@ -33,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Print and draw; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        push = _push_score(options) if options.rollout is not None else None
         _show(options.spec, options.model, options.gpus_per_node, options.svg)
+        for table in push.tables() if push is not None else ():
+            _console().print(table)
     except (MtrlError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -43,16 +50,36 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Show which ranks form which group, and on which nodes.")
     parser.add_argument("spec", help='allocation string, such as "megatron:(attn:d2t2|ffn:e4)" or vllm:d2t2')
+    parser.add_argument("rollout", nargs="?", help="the engines' string: says what a push to them moves")
+    parser.add_argument("--expert-parallel", action="store_true", help="as rollout.expert_parallel: true")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; shows each rank's share of it")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the layout to this file")
     return parser
 
 
+def _push_score(options: argparse.Namespace) -> PushScore:
+    if options.model is None:
+        raise LayoutError("a push is of some model: give --model, a folder with its config.json")
+    if options.gpus_per_node < 1:
+        raise LayoutError(f"--gpus-per-node {options.gpus_per_node}: a node has at least one GPU")
+    return PushScore.of(
+        options.spec,
+        options.rollout,
+        options.model,
+        options.gpus_per_node,
+        expert_parallel=options.expert_parallel,
+    )
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
 def _show(text: str, model: Path | None, gpus_per_node: int, svg: Path | None) -> None:
     view = View.of(text, gpus_per_node)
     shares = model_shares(view.spec, read_hf_config(model)) if model is not None else []
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = _console()
     canonical = f", the same as {view.spec}" if str(view.spec) != view.text else ""
     console.print(view.text + canonical, style="bold", markup=False)
     console.print(view.summary)

@@ -6,8 +6,8 @@ rank r receives exactly need(r) minus have(r), whoever forwards included, and no
 exactly need(n) minus have(n), the unions over its ranks: both lower bounds are met at once.
 
 Everything is planned by flows (``flows.py``). The turns within a flow go round the ranks that can take them,
-the least loaded first, so that each rank's share differs from another's by one box a flow at most, and any rank
-can name its own transfers without looking at the others'.
+the least loaded first, so that each rank's share differs from another's by one box a flow at most, and any
+rank can name its own transfers without looking at the others'.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -109,16 +109,17 @@ def plan_alike(
     traffic = Traffic.none(len(node_of))
     first: list[Transfer] = []
     forwarded: list[Transfer] = []
-    nodes, everyone = np.asarray(node_of, np.int64), len(ranks) == len(node_of)
+    nodes, asked = np.asarray(node_of, np.int64), set(ranks)
     for flow in flows_of(tensors):
         turns = Turns.of(flow, nodes, traffic)
-        for rank in sorted({*flow.holders, *flow.needers} & set(ranks)) if ranks else ():
+        for rank in sorted(asked.intersection(flow.holders) | asked.intersection(flow.needers)):
             for is_forward, transfer in turns.arriving(rank):
                 (forwarded if is_forward else first).append(transfer)
-            if not everyone:  # with everyone's arrivals known, departures are
-                for is_forward, transfer in turns.leaving(rank):
-                    if transfer.target not in ranks:
-                        (forwarded if is_forward else first).append(transfer)
+            if len(asked) == len(nodes):
+                continue  # what leaves one rank has arrived at another
+            for is_forward, transfer in turns.leaving(rank):
+                if transfer.target not in asked:
+                    (forwarded if is_forward else first).append(transfer)
     position = {name: index for index, name in enumerate(names)}
 
     def on_the_wire(each: Transfer) -> tuple[object, ...]:
@@ -143,7 +144,7 @@ def _ranks_by_box(name: str, boxes: Sequence[Boxes]) -> dict[Box, Ranks]:
 # ---- whose turn ----
 
 
-@dataclass(slots=True)
+@dataclass
 class Group:
     """Ranks that take turns: ``ranks[start : start + size]`` of each node, in that order."""
 
@@ -151,17 +152,24 @@ class Group:
     nodes: Numbers
     start: Numbers
     size: Numbers
-    index: dict[int, int]
-    """Node to its place in ``nodes``, ``start`` and ``size``."""
 
     @classmethod
     def of(cls, ranks: Numbers, node_of: Numbers, load: Numbers) -> "Group":
         """By node, the least loaded of each first."""
-        at = node_of[ranks]
-        ordered = ranks[np.lexsort((ranks, load[ranks], at))]
-        nodes, start, size = np.unique(node_of[ordered], return_index=True, return_counts=True)
-        index = {int(node): place for place, node in enumerate(nodes)}
-        return cls(ordered, nodes, start.astype(np.int64), size.astype(np.int64), index)
+        ordered = ranks[np.lexsort((ranks, load[ranks], node_of[ranks]))]
+        at = node_of[ordered]
+        begins = np.ones(len(at), np.bool_)
+        begins[1:] = at[1:] != at[:-1]
+        start = begins.nonzero()[0]
+        size = np.empty(len(start), np.int64)
+        size[:-1] = start[1:] - start[:-1]
+        size[-1:] = len(at) - start[-1:]
+        return cls(ordered, at[start], start, size)
+
+    @cached_property
+    def index(self) -> dict[int, int]:
+        """Node to its place in ``nodes``, ``start`` and ``size``."""
+        return {int(node): place for place, node in enumerate(self.nodes)}
 
     def of_node(self, place: int) -> list[int]:
         """The ranks of the node at this place, in turn."""
@@ -191,7 +199,7 @@ class Turns:
     lacking: Group
     """Of nodes that have holders: the ranks that need the flow and are none."""
     holders: Group
-    """Of those nodes, the holders."""
+    """Of those nodes, and others, the holders; nobody where no rank is lacking."""
 
     @classmethod
     def of(cls, flow: Flow, node_of: Numbers, traffic: Traffic) -> "Turns":
@@ -202,6 +210,7 @@ class Turns:
         count, size = flow.count, flow.num_bytes
         traffic.local[needers[has[needers]]] += count * size
         lacking = needers[~has[needers]]
+        nobody = lacking[:0]
         served = np.zeros(int(node_of.max()) + 1, np.bool_)
         served[node_of[holders]] = True
         inside = served[node_of[lacking]]
@@ -211,7 +220,7 @@ class Turns:
             [int(rank) for rank in holders[np.lexsort((holders, traffic.sent_across[holders]))]],
             Group.of(lacking[~inside], node_of, traffic.received_across),
             Group.of(lacking[inside], node_of, traffic.received_inside),
-            Group.of(holders, node_of, traffic.sent_inside),
+            Group.of(holders if inside.any() else nobody, node_of, traffic.sent_inside),
         )
         found._count_across(traffic)
         found._count_inside(traffic)
@@ -235,7 +244,7 @@ class Turns:
             return
         traffic.received_inside[group.ranks] += count * size
         jobs = np.zeros(len(self.holders.nodes), np.int64)
-        jobs[[self.holders.index[int(node)] for node in group.nodes]] = group.size * count
+        jobs[np.searchsorted(self.holders.nodes, group.nodes)] = group.size * count
         traffic.sent_inside[self.holders.ranks] += self.holders.turns(jobs).clip(min=0) * size
 
     @cached_property

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrl.models.boxes import Box
@@ -56,6 +56,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[Boxes], list[Boxes], list[int]]:
     return list(have), list(need), node_of
 
 
+@settings(deadline=None)
 @given(worlds(), st.sampled_from([1, 7, 10**9]))
 def test_every_needed_element_arrives_once_and_nothing_more(
     world: tuple[list[Boxes], list[Boxes], list[int]], largest: int

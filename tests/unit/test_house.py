@@ -28,6 +28,7 @@ PURE = {
     "mtrl.advantages": HEAVY,
     "mtrl.packing": HEAVY,
     "mtrl.config": HEAVY,
+    "mtrl.weight_push.score": ("torch", *HEAVY),
 }
 # Under these names the parts of mtrl would be loaded a second time.
 BANNED_IMPORTS = {"parallel", "models", "tools"}

@@ -1,4 +1,4 @@
-"""What a trainer has by its kinds' ranges is what its weight map says; plans and scores made of them agree."""
+"""What a trainer has by its kinds' ranges is what its weight map says; plans and scores of them agree."""
 
 import dataclasses
 import json
