@@ -6,7 +6,7 @@ meet in one of its pairs.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mtrl.parallel.spec import ParallelSpec, parse_training_spec
 from tests.distributed.parity import DEEP, WIDE, Pair
@@ -16,6 +16,7 @@ WORLD_SIZES = (1, 2, 3, 4, 6, 8)
 DENSE = ("llama", "llama tied", "qwen2", "qwen2 tied", "qwen3")
 NUM_LAYERS = 4
 """Of every toy but the deep one."""
+Features = frozenset[tuple[str, object]]
 
 
 def legal_specs(world_sizes: Sequence[int] = WORLD_SIZES) -> Iterator[str]:
@@ -36,7 +37,7 @@ def _factors(product: int, count: int) -> Iterator[tuple[int, ...]]:
                 yield (first, *rest)
 
 
-def features(pair: Pair) -> frozenset[tuple[str, object]]:
+def features(pair: Pair) -> Features:
     """The choices that a pair makes."""
     spec = parse_training_spec(pair.spec)
     return frozenset(
@@ -71,17 +72,29 @@ def _may_interleave(spec: ParallelSpec) -> bool:
     return spec.attn.pp == 2
 
 
-def covering(pool: Sequence[Pair]) -> tuple[Pair, ...]:
-    """A small subset in which every two features meet that meet in the pool: greedy, always the same."""
-    combinations = {
-        pair: frozenset(itertools.combinations(sorted(features(pair), key=str), 2)) for pair in pool
+def two_features(pair: Pair) -> frozenset[Features]:
+    """Every two of a pair's choices."""
+    return frozenset(map(frozenset, itertools.combinations(features(pair), 2)))
+
+
+def layout_and_family(pair: Pair) -> frozenset[Features]:
+    """Every two of its layout's choices, and its family."""
+    return frozenset(each for each in two_features(pair) if "family" not in dict(each)) | {
+        frozenset({("family", pair.toy)})
     }
-    missing = set().union(*combinations.values())
+
+
+def covering(
+    pool: Sequence[Pair], wanted: Callable[[Pair], frozenset[Features]] = two_features
+) -> tuple[Pair, ...]:
+    """A small subset that has everything wanted that the pool has: greedy, always the same."""
+    offered = {pair: wanted(pair) for pair in pool}
+    missing = set().union(*offered.values())
     chosen: list[Pair] = []
     while missing:
-        best = max(pool, key=lambda pair: (len(combinations[pair] & missing), -pair.size, str(pair)))
+        best = max(pool, key=lambda pair: (len(offered[pair] & missing), -pair.size, str(pair)))
         chosen.append(best)
-        missing -= combinations[best]
+        missing -= offered[best]
     return tuple(chosen)
 
 
@@ -112,9 +125,14 @@ FOLDED_ON_8 = (
 
 
 def suite() -> tuple[Pair, ...]:
-    """What CI runs, by world size and layout."""
+    """What CI runs, by world size and layout; in the second environment `both_stacks` alone."""
     mixtures = [toy for toy in FAMILY_TOYS if toy not in DENSE]
     folded = [Pair(spec=spec, toy=toy) for spec, toy in zip(FOLDED_ON_8, mixtures, strict=False)]
     on_3 = [pair for pair in every_layout((3,)) if pair.spec in ON_3]
     pairs = (*every_layout((1, 2)), *on_3, *all_families(), *folded)
     return tuple(sorted(pairs, key=lambda pair: (pair.size, pair.spec, pair.num_chunks, str(pair))))
+
+
+def both_stacks() -> tuple[Pair, ...]:
+    """Of these, what the second environment runs too: every family, and every two choices of a layout."""
+    return covering(all_families(), layout_and_family)

@@ -1,33 +1,42 @@
 """Every layout gives transformers' losses, gradients and weights, for every family."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.pairs import candidates, covering, features, legal_specs, suite
+from tests.distributed.pairs import (
+    both_stacks,
+    candidates,
+    covering,
+    features,
+    layout_and_family,
+    legal_specs,
+    suite,
+)
 from tests.distributed.parity import Errors, Pair, measure, write_reference
 from tests.distributed.world import World
 from tests.family_toys import FAMILY_TOYS
 
-SUITE = suite()
+SUITE, BOTH_STACKS = suite(), both_stacks()
 # One process with all samples of a step in one row: the same sums in another order.
 FLOORS = {toy: Pair(spec="megatron:d1", toy=toy, max_tokens=1000) for toy in {pair.toy for pair in SUITE}}
 
 
 class Measured:
-    """Errors of the suite's pairs; all pairs of one world size are run when the first of them is asked
-    for.
-    """
+    """Errors of ``pairs``; all of one world size are run when the first of them is asked for."""
 
-    def __init__(self, world: World, folder: Path) -> None:
+    def __init__(self, world: World, folder: Path, pairs: Sequence[Pair]) -> None:
         self.world, self.folder = world, folder
+        floors = {FLOORS[pair.toy]: None for pair in pairs}
+        self.pairs = tuple(dict.fromkeys((*pairs, *floors)))
         self._found: dict[Pair, Errors | str] = {}
 
     def __call__(self, pair: Pair) -> Errors:
         if pair not in self._found:
-            same_size = [each for each in (*SUITE, *FLOORS.values()) if each.size == pair.size]
+            same_size = [each for each in self.pairs if each.size == pair.size]
             for toy in {each.toy for each in same_size}:
                 if not (self.folder / toy).exists():
                     write_reference(self.folder, toy)
@@ -39,21 +48,32 @@ class Measured:
 
 
 @pytest.fixture(scope="module")
-def measured(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
-    yield Measured(world, tmp_path_factory.mktemp("parity"))
+def measured(
+    request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Measured]:
+    """Of the pairs whose tests were selected, and of the floors of all toys whose were."""
+    chosen = [getattr(item, "callspec", None) for item in request.session.items]
+    parameters = [each.params for each in chosen if each is not None]
+    pairs = [each["pair"] for each in parameters if "pair" in each]
+    pairs += [FLOORS[each["floor"]] for each in parameters if "floor" in each]
+    yield Measured(world, tmp_path_factory.mktemp("parity"), pairs)
 
 
-@pytest.mark.parametrize("pair", SUITE, ids=str)
+def marked(pair: Pair) -> Any:
+    return pytest.param(pair, marks=[] if pair in BOTH_STACKS else pytest.mark.one_stack)
+
+
+@pytest.mark.parametrize("pair", map(marked, SUITE), ids=str)
 def test_a_layout_gives_the_numbers_of_transformers(measured: Measured, pair: Pair) -> None:
     errors = measured(pair)
     print(f"{pair}: {errors}")
     assert not errors.beyond(measured(FLOORS[pair.toy])), errors
 
 
-@pytest.mark.parametrize("toy", sorted(FLOORS))
-def test_the_floor_is_below_the_bounds(measured: Measured, toy: str) -> None:
+@pytest.mark.parametrize("floor", sorted(FLOORS))
+def test_the_floor_is_below_the_bounds(measured: Measured, floor: str) -> None:
     nothing = Errors(loss=0.0, grad_norm=0.0, gradient=0.0, weights=0.0)
-    assert not measured(FLOORS[toy]).beyond(nothing)
+    assert not measured(FLOORS[floor]).beyond(nothing)
 
 
 def test_every_legal_layout_of_up_to_8_ranks_is_enumerated_once() -> None:
@@ -68,3 +88,9 @@ def test_the_suite_covers_every_two_features_that_can_meet() -> None:
     pool = tuple(candidates(tuple(FAMILY_TOYS), (1, 2, 3, 4)))
     assert not met(pool) - met(SUITE)
     assert len(covering(pool)) < 60 <= len(SUITE)
+
+
+def test_both_stacks_run_every_family_and_every_two_choices_of_a_layout() -> None:
+    pool = tuple(candidates(tuple(FAMILY_TOYS), (1, 2, 3, 4)))
+    wanted, found = (set().union(*map(layout_and_family, pairs)) for pairs in (pool, BOTH_STACKS))
+    assert found == wanted and set(BOTH_STACKS) < set(SUITE)

@@ -16,6 +16,7 @@ stand anywhere (they travel as safetensors). A rank that raises, dies or hangs f
 traceback. A function imports vLLM itself: it starts threads, which a fork would lose.
 """
 
+import contextlib
 import errno
 import faulthandler
 import importlib
@@ -47,6 +48,16 @@ PRELOADED = (
     "transformers.models.auto.tokenization_auto",
     "mtrl.run",
 )
+ENGINE_PRELOADED = (
+    "aiohttp",
+    "fastapi",
+    "networkx",
+    "openai.types.chat",
+    "openai.types.responses",
+    "torch._inductor.compile_fx",
+    "xgrammar",
+)
+"""Of others, what vLLM imports: half of its time. It itself changes torch, and belongs in the ranks."""
 DEFAULT_TIMEOUT_S = 120.0
 GRACE_S = 3.0
 """How long the other ranks may go on after one has failed: they usually wait in a collective for it."""
@@ -57,9 +68,13 @@ class WorldError(AssertionError):
 
 
 class World:
-    """Starts the nursery at the first `run`; `close` ends it."""
+    """Starts the nursery at the first `run`; `close` ends it.
 
-    def __init__(self) -> None:
+    ``preload`` names more modules to import before forking; those that are not installed are passed over.
+    """
+
+    def __init__(self, *, preload: tuple[str, ...] = ()) -> None:
+        self._preload = preload
         self._nursery: subprocess.Popen[str] | None = None
 
     def run(
@@ -108,7 +123,7 @@ class World:
 
     def _ask(self, request: dict[str, object]) -> list[str]:
         if self._nursery is None or self._nursery.poll() is not None:
-            self._nursery = _start_nursery()
+            self._nursery = _start_nursery(self._preload)
         assert self._nursery.stdin is not None and self._nursery.stdout is not None
         self._nursery.stdin.write(json.dumps(request) + "\n")
         self._nursery.stdin.flush()
@@ -119,11 +134,11 @@ class World:
         return outcomes
 
 
-def _start_nursery() -> "subprocess.Popen[str]":
+def _start_nursery(preload: tuple[str, ...]) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.distributed.world"],
+        [sys.executable, "-W", "ignore", "-m", "tests.distributed.world", *preload],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,
@@ -141,13 +156,16 @@ def _story(folder: Path, function: str, outcomes: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _serve() -> None:
+def _serve(preload: list[str]) -> None:
     """The nursery: for each line read, fork a request's ranks and answer one outcome a rank."""
     # Whatever a library prints must not reach the pipe that carries answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for module in PRELOADED:
         importlib.import_module(module)
+    for module in preload:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         port = _free_port()
@@ -291,4 +309,4 @@ def _restore(value: Any, tensors: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1:])

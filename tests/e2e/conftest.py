@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.world import World
+from tests.distributed.world import ENGINE_PRELOADED, World
 from tests.e2e.jobs import Finished, torchrun
 from tests.e2e.toy import write_toy
 
@@ -17,9 +17,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[World]:
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """For runs of which only the files matter: cheaper than torchrun, which imports everything anew."""
-    shared = World()
+    with_engine = any(item.get_closest_marker("vllm") for item in request.session.items)
+    shared = World(preload=ENGINE_PRELOADED if with_engine else ())
     yield shared
     shared.close()
 

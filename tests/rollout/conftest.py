@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.world import World
+from tests.distributed.world import ENGINE_PRELOADED, World
 from tests.rollout import scenarios
 
 
 @pytest.fixture(scope="session")
 def rollout_world() -> Iterator[World]:
-    shared = World()
+    shared = World(preload=ENGINE_PRELOADED)
     yield shared
     shared.close()
 
