@@ -179,6 +179,20 @@ class RolloutSection(Section):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Dtype of the engine's weights; ``auto`` is ``model.precision``."""
 
+    verify: Literal["checksum", "logits", "off"] = "checksum"
+    """What the first pushes are checked by: checksums of trainer's and engine's elements, or
+    log-probabilities of some completions on both sides, within ``algorithm.max_k3_kl``."""
+
+    verify_pushes: NonNegativeInt = 2
+    """How many pushes, counted from the start of the process, are checked."""
+
+    push_transport: Literal["auto", "collective", "shared_memory"] = "auto"
+    """How weights travel between ranks: by torch.distributed's all-to-all, or in memory that the processes
+    of one machine share (CPU only). ``auto`` shares where it can."""
+
+    push_bucket_bytes: PositiveInt = 2**28
+    """Memory for travelling weights, in bytes on each rank; a larger tensor takes what it needs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefSection(Section):

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from mtrl.models.megatron_config import recompute_fields
 from mtrl.parallel import determinism, groups
 from mtrl.parallel.layout import RankLayout
 from mtrl.preflight import Job
+from mtrl.probe import NUM_PROMPTS, NUM_TOKENS, Probe
 from mtrl.progress import open_progress
 from mtrl.resume import Position, Resumed, find
 from mtrl.rollout.vllm_engine import VllmEngine
@@ -54,6 +56,11 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
     sampling = _start_engine(job, folder, model) if job.rollout is not None else None
     if sampling is not None and resumed is not None:
         sampling.policy_version = resumed.state.policy_version - 1  # the first push makes it that
+    if sampling is not None and config.rollout.verify == "logits":
+        sampling.check, sampling.num_checked = (
+            _probe(job, sampling, trainer).run,
+            config.rollout.verify_pushes,
+        )
     progress = open_progress(config.logging.progress, rank=model.groups.rank)
     checkpointer = Checkpointer(
         folder.checkpoints_path,
@@ -160,7 +167,29 @@ def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
         kv_cache_bytes=config.kv_cache_bytes,
         expert_parallel=config.expert_parallel,
     )
-    return Sampling(engine=engine, push=WeightPush(model, engine, dtype))
+    push = WeightPush(
+        model,
+        engine,
+        dtype,
+        bucket_bytes=config.push_bucket_bytes,
+        transport=config.push_transport,
+        num_verified=config.verify_pushes if config.verify == "checksum" else 0,
+    )
+    return Sampling(engine=engine, push=push)
+
+
+def _probe(job: Job, sampling: Sampling, trainer: Trainer) -> Probe:
+    algorithm, longest = job.config.algorithm, job.max_model_len - NUM_TOKENS
+    prompts = [each for each in (*job.eval_prompts, *job.train_prompts) if len(each.tokens) <= longest]
+    return Probe(
+        engine=sampling.engine,
+        trainer=trainer,
+        prompts=[replace(each, prompt_id=n) for n, each in enumerate(prompts[:NUM_PROMPTS])],
+        max_k3_kl=algorithm.max_k3_kl,
+        temperature=job.config.rollout.temperature,
+        max_tokens=algorithm.max_tokens_per_microbatch,
+        pad_token_id=job.pad_token_id,
+    )
 
 
 def _to_json(job: Job) -> str:

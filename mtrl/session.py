@@ -1,6 +1,7 @@
 """A run in progress: what the loops of ``sft.py`` and ``rl.py`` work with. ``opening.py`` builds it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,16 +39,24 @@ from mtrl.weight_push.push import WeightPush
 
 @dataclass(slots=True, kw_only=True)
 class Sampling:
-    """The engine, its push, and the version of the weights it holds."""
+    """The engine, its push, and the version of the weights it holds.
+
+    ``check`` is run after each of the next ``num_checked`` pushes.
+    """
 
     engine: VllmEngine
     push: WeightPush
     policy_version: int = 0
+    check: Callable[[], None] | None = None
+    num_checked: int = 0
 
     def take_over_weights(self) -> int:
         """Push the trainer's weights under the next version; bytes this rank received. Collective."""
         received = self.push.run(policy_version=self.policy_version + 1)
         self.policy_version += 1
+        if self.check is not None and self.num_checked > 0:
+            self.num_checked -= 1
+            self.check()
         return received
 
 

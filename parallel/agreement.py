@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.parallel.device import current_device
-from mtrl.parallel.errors import CheckpointError, MtrlError
+from mtrl.parallel.errors import CheckpointError, MtrlError, RolloutError
 
 Group: TypeAlias = "dist.ProcessGroup | None"
 
@@ -42,12 +42,12 @@ def all_gather_ragged(values: Tensor, group: Group = None) -> list[Tensor]:
     return [row[:size].cpu() for row, size in zip(gathered, lengths.tolist(), strict=True)]
 
 
-def agree(error: Exception | None, group: Group = None) -> None:
+def agree(error: Exception | None, group: Group = None, *, kind: type[MtrlError] = CheckpointError) -> None:
     """Raise on every rank if any rank passes an error. Collective over ``group`` (None: WORLD).
 
     Raises:
-        MtrlError: this rank's own error, if it is one of mtrl's.
-        CheckpointError: else; with the ranks that failed and what the first of them said.
+        MtrlError: this rank's own error, if it is one of mtrl's; else one of ``kind``, with the ranks that
+            failed and what the first of them said.
     """
     said = gather_json(None if error is None else _words(error), group)
     failed = [rank for rank, words in enumerate(said) if words is not None]
@@ -55,7 +55,25 @@ def agree(error: Exception | None, group: Group = None) -> None:
         return
     if isinstance(error, MtrlError):
         raise error
-    raise CheckpointError(f"{_ranks(failed, len(said))}{said[failed[0]]}") from error
+    raise kind(f"{_ranks(failed, len(said))}{said[failed[0]]}") from error
+
+
+def agree_on(number: int, what: str, error: Exception | None = None) -> None:
+    """`agree` in one small collective where all is well, and all ranks pass the same ``number``.
+
+    Collective over WORLD.
+
+    Raises:
+        RolloutError: on all ranks, when the numbers differ.
+    """
+    own = torch.tensor([error is not None, number], dtype=torch.int64, device=current_device().torch_device)
+    rows = torch.empty(dist.get_world_size() * 2, dtype=torch.int64, device=own.device)
+    dist.all_gather_into_tensor(rows, own)
+    failed, numbers = rows.view(-1, 2).T.tolist()
+    if any(failed):
+        agree(error, kind=RolloutError)
+    if len(set(numbers)) > 1:
+        raise RolloutError(f"ranks have different {what}: {numbers}, in rank order")
 
 
 def _words(error: Exception) -> str:

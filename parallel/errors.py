@@ -88,6 +88,10 @@ class RolloutError(MtrlError, RuntimeError):
     """The rollout engine refused or failed."""
 
 
+class LostRanksError(RolloutError):
+    """Other ranks cannot be reached: there is nothing that ranks could agree on."""
+
+
 class MismatchError(MtrlError, RuntimeError):
     """Sampler and trainer give different log-probabilities for the same weights."""
 

@@ -8,7 +8,7 @@ import gc
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
+from mtrl.parallel.agreement import agree_on
 from mtrl.parallel.device import current_device
-from mtrl.parallel.errors import RolloutError
+from mtrl.parallel.errors import LostRanksError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
 from mtrl.rollout.kernel_layout import Ranges
@@ -47,10 +48,12 @@ class VllmEngine:
         self._group: dist.ProcessGroup = get_tp_group().cpu_group
         self._policy_version: int | None = None
         self._num_requests = 0
-        self._model = llm.model_executor.driver_worker.worker.model_runner.get_model()
+        self._worker = llm.model_executor.driver_worker.worker
+        self._model = self._worker.model_runner.get_model()
         vllm_short_paths.install(self._model)
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._derived = vllm_mends.derived_weights(self._model)
+        self._worker.weight_transfer_engine.derive = self._derive
         self._loader = WeightLoader(self._model, getattr(torch, dtype), self._group)
 
     @classmethod
@@ -96,11 +99,12 @@ class VllmEngine:
         if current_device().kind == "cuda":
             # The one expert kernel on CUDA that computes on weights in the layout they are loaded in.
             arguments["moe_backend"] = "triton"
-        with _as_guest(), _without_garbage_collection():
+        with _as_guest(), vllm_build.without_garbage_collection():
             vllm_process.prepare_environment()
             vllm_process.quiet_log()
             vllm_mends.install()
             vllm_mends.share_job_token()
+            arguments["weight_transfer_config"] = vllm_build.transfer_config()
             llm = vllm_build.build(arguments)
             decode = vllm_build.load_decoder(model_dir)
             return cls(llm=llm, spec=spec, max_model_len=max_model_len, decode=decode, dtype=dtype)
@@ -139,6 +143,19 @@ class VllmEngine:
         """This rank's live weights, by vLLM's names; they keep their storage."""
         return self._loader.destinations
 
+    def live_parameters(self) -> list[tuple[Mapping[str, Tensor], str]]:
+        """Where the model keeps its parameters: each a mapping and its key there."""
+        return [
+            (module._parameters, name)
+            for module in self._model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not f".{name}".endswith(vllm_mends.DERIVED_PARAMETERS)
+        ]
+
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether all places of a full tensor have its elements."""
+        return self._loader.holds(name, tensor)
+
     def placed(self, copy: RecordedCopy, ranges: Ranges) -> Iterator[Placed]:
         """See `WeightLoader.placed`."""
         return self._loader.placed(copy, ranges)
@@ -155,20 +172,42 @@ class VllmEngine:
         """
         return self._loader.prepare(shapes)
 
-    @contextmanager
-    def receiving(self, *, policy_version: int) -> Iterator[None]:
-        """Inside, weights are written to `destinations`; they are of ``policy_version`` when all ranks are
-        done.
+    def update(
+        self, write: Callable[[], None], *, policy_version: int, check: Callable[[], None] | None = None
+    ) -> None:
+        """Let ``write`` change the live weights in place; they are then of ``policy_version``.
 
-        Collective over WORLD. The engine refuses to sample until then, and after an error.
+        Collective over WORLD. vLLM's scheduler is paused meanwhile, its prefix cache emptied. ``check`` runs
+        after; until all ranks are done with it, and after an error, the engine refuses to sample.
+
+        Raises:
+            RolloutError: on all ranks, when a rank failed or versions differ.
         """
+        if self._llm is None:
+            raise RolloutError("the engine was shut down; it takes no weights")
         self._policy_version = None
-        yield
-        with torch.no_grad(), _as_guest():
-            self._derive()
-            self._reset_prefix_cache()
-        dist.barrier()
+        error: Exception | None = None
+        try:
+            with torch.no_grad(), _as_guest():
+                self._update_paused(write)
+        except LostRanksError:
+            raise
+        except Exception as caught:  # told to all ranks at once
+            error = caught
+        agree_on(policy_version, "policy versions", error)
+        if check is not None:
+            check()
         self._policy_version = policy_version
+
+    def _update_paused(self, write: Callable[[], None]) -> None:
+        core = self._llm.engine_core.engine_core
+        core.pause_scheduler(mode="keep", clear_cache=True)
+        try:
+            self._worker.start_weight_update()
+            self._worker.update_weights({"write": write})
+            self._worker.finish_weight_update()
+        finally:
+            core.resume_scheduler()
 
     def replay(self, tensors: Mapping[str, Tensor]) -> None:
         """Write full tensors to all their places, as vLLM's loader would."""
@@ -329,20 +368,6 @@ def _as_guest() -> Iterator[None]:
         stack.enter_context(preserved_rng_states())
         stack.enter_context(vllm_process.torch_for_vllm())
         yield
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Collect no cycles meanwhile: importing vLLM makes a million objects that all stay, and each collection
-    walks them all (0.3 to 0.9 s of a start of 5).
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _requests(prompts: Sequence[Prompt], sampling: SamplingSettings) -> Iterator[tuple[Prompt, int]]:

@@ -101,6 +101,16 @@ class WeightLoader:
         """Write a full tensor to all its places."""
         self._replay(name, tensor)
 
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether all places of a full tensor have its elements, in the dtype they are kept in."""
+        for copy, parts in self._replays.get(name, ()):
+            given = copy.source_region.of(tensor.detach().contiguous())
+            for ranges, destination in parts:
+                part = given[slices_of(ranges)].reshape(destination.shape)
+                if not destination.equal(part.to(destination.dtype)):
+                    return False
+        return True
+
     def load(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Write every tensor of ``named``; collective over the replica, which all refuse or all accept.
 

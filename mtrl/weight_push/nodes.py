@@ -5,9 +5,9 @@ else another node, and then one of the node's ranks that need it receives it and
 rank r receives exactly need(r) minus have(r), whoever forwards included, and node n receives from other nodes
 exactly need(n) minus have(n), the unions over its ranks: both lower bounds are met at once.
 
-Everything is planned by flows (``flows.py``). The turns within a flow go round the ranks that can take them,
-the least loaded first, so that each rank's share differs from another's by one box a flow at most, and any
-rank can name its own transfers without looking at the others'.
+Everything is planned by flows (``flows.py``), those that fewer ranks need first: what only one rank of a node
+can receive is then known when what several can is shared out so that their loads come out level. Senders take
+turns, the least loaded first. Any rank can name its own transfers without looking at the others'.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -110,7 +110,7 @@ def plan_alike(
     first: list[Transfer] = []
     forwarded: list[Transfer] = []
     nodes, asked = np.asarray(node_of, np.int64), set(ranks)
-    for flow in flows_of(tensors):
+    for flow in sorted(flows_of(tensors), key=lambda flow: len(flow.needers)):
         turns = Turns.of(flow, nodes, traffic)
         for rank in sorted(asked.intersection(flow.holders) | asked.intersection(flow.needers)):
             for is_forward, transfer in turns.arriving(rank):
@@ -183,11 +183,36 @@ class Group:
         shares: Numbers = (np.repeat(jobs, self.size) - behind + size - 1) // size
         return shares
 
+    def levelled(self, count: int, num_bytes: int, load: Numbers) -> Numbers:
+        """How many of ``count`` boxes of its node each of ``ranks`` gets for the loads to end up as level as
+        they can.
+
+        Whole numbers throughout: every rank, on whatever machine, must come to the same.
+        """
+        if len(self.ranks) == len(self.nodes):
+            return np.full(len(self.ranks), count)
+        row = np.repeat(np.arange(len(self.nodes)), self.size)
+        column = np.arange(len(self.ranks)) - np.repeat(self.start, self.size)
+        loads = np.zeros((len(self.nodes), int(self.size.max())), np.int64)
+        loads[row, column] = load[self.ranks]
+        ways = np.arange(1, loads.shape[1] + 1)
+        # With the first `ways` ranks, the least loaded, filled to one level, this is `ways` times that level.
+        levels = loads.cumsum(axis=1) + count * num_bytes
+        takes = (ways <= self.size[:, None]) & (loads * ways < levels)
+        most = takes.sum(axis=1)
+        level = levels[np.arange(len(most)), most - 1]
+        shares = (level[:, None] - loads * most[:, None]) // (num_bytes * most[:, None]) * takes
+        reached = np.where(takes, loads + shares * num_bytes, np.iinfo(np.int64).max)
+        place = reached.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+        shares += place < (count - shares.sum(axis=1))[:, None]
+        found: Numbers = shares[row, column]
+        return found
+
 
 @dataclass
 class Turns:
-    """Who takes which box of one flow. Box k of node number j is received by that node's receiver
-    ``k mod size`` and sent by sender ``(j * count + k) mod size``.
+    """Who takes which box of one flow: a node's receivers take their shares one after the other; box k of
+    node number j is sent by sender ``(j * count + k) mod len(senders)``.
     """
 
     flow: Flow
@@ -196,6 +221,8 @@ class Turns:
     """Holders, in turn, for other nodes."""
     receivers: Group
     """Of nodes that have no holder: the ranks that need the flow."""
+    shares: Numbers
+    """How many boxes each of those receives from other nodes."""
     lacking: Group
     """Of nodes that have holders: the ranks that need the flow and are none."""
     holders: Group
@@ -214,11 +241,13 @@ class Turns:
         served = np.zeros(int(node_of.max()) + 1, np.bool_)
         served[node_of[holders]] = True
         inside = served[node_of[lacking]]
+        receivers = Group.of(lacking[~inside], node_of, traffic.received_across)
         found = cls(
             flow,
             node_of,
             [int(rank) for rank in holders[np.lexsort((holders, traffic.sent_across[holders]))]],
-            Group.of(lacking[~inside], node_of, traffic.received_across),
+            receivers,
+            receivers.levelled(count, size, traffic.received_across),
             Group.of(lacking[inside], node_of, traffic.received_inside),
             Group.of(holders if inside.any() else nobody, node_of, traffic.sent_inside),
         )
@@ -227,13 +256,12 @@ class Turns:
         return found
 
     def _count_across(self, traffic: Traffic) -> None:
-        count, size, group = self.flow.count, self.flow.num_bytes, self.receivers
+        count, size, group, shares = self.flow.count, self.flow.num_bytes, self.receivers, self.shares
         if not len(group.ranks):
             return
         whole, rest = divmod(len(group.nodes) * count, len(self.senders))
         traffic.sent_across[self.senders] += whole * size
         traffic.sent_across[self.senders[:rest]] += size
-        shares = group.turns(np.full(len(group.nodes), count))
         traffic.received_across[group.ranks] += shares * size
         traffic.sent_inside[group.ranks] += shares * size * (np.repeat(group.size, group.size) - 1)
         traffic.received_inside[group.ranks] += (count - shares) * size
@@ -246,6 +274,12 @@ class Turns:
         jobs = np.zeros(len(self.holders.nodes), np.int64)
         jobs[np.searchsorted(self.holders.nodes, group.nodes)] = group.size * count
         traffic.sent_inside[self.holders.ranks] += self.holders.turns(jobs).clip(min=0) * size
+
+    def receiving(self, place: int) -> list[int]:
+        """The receiver of each box in the node at this place."""
+        start = int(self.receivers.start[place])
+        own = slice(start, start + int(self.receivers.size[place]))
+        return [int(rank) for rank in np.repeat(self.receivers.ranks[own], self.shares[own])]
 
     @cached_property
     def boxes(self) -> list[tuple[str, Box]]:
@@ -262,9 +296,7 @@ class Turns:
                 yield False, self._transfer(box, rank, rank)
         elif node in self.receivers.index:
             place = self.receivers.index[node]
-            turn = self.receivers.of_node(place)
-            for box in range(count):
-                receiver = turn[box % len(turn)]
+            for box, receiver in enumerate(self.receiving(place)):
                 sender = self.senders[(place * count + box) % len(self.senders)]
                 yield receiver != rank, self._transfer(box, sender if receiver == rank else receiver, rank)
         else:
@@ -278,10 +310,10 @@ class Turns:
         count, node = self.flow.count, int(self.node_of[rank])
         if rank in self.flow.holders:
             first = self.senders.index(rank)
+            receiving = [self.receiving(place) for place in range(len(self.receivers.nodes))]
             for job in range(first, len(self.receivers.nodes) * count, len(self.senders)):
                 place, box = divmod(job, count)
-                turn = self.receivers.of_node(place)
-                yield False, self._transfer(box, rank, turn[box % len(turn)])
+                yield False, self._transfer(box, rank, receiving[place][box])
             if node in self.lacking.index:
                 targets = self.lacking.of_node(self.lacking.index[node])
                 turn = self.holders.of_node(self.holders.index[node])
@@ -290,8 +322,8 @@ class Turns:
                     yield False, self._transfer(box, rank, targets[target])
         elif rank in self.flow.needers and node in self.receivers.index:
             turn = self.receivers.of_node(self.receivers.index[node])
-            for box in range(turn.index(rank), count, len(turn)):
-                for target in turn:
+            for box, receiver in enumerate(self.receiving(self.receivers.index[node])):
+                for target in turn if receiver == rank else ():
                     if target != rank:
                         yield True, self._transfer(box, rank, target)
 

@@ -1,92 +1,173 @@
 """Push the trainer's weights into the rollout engine after an update: the fewest bytes, and few calls.
 
-Planned once (``plan.py``): what an engine's shard reads is recorded from vLLM's own loader, what a rank lacks
-of it comes from one other rank, and everything is prepared as views of live tensors. A push is, for each
-bucket, one fused copy into it, one ``all_to_all_single``, one fused copy out of it; and one fused copy of all
-that a rank has itself. Rank r receives exactly the elements of need(r) minus have(r), counted by the
-transport.
+Planned once: what an engine's shard reads is recorded from vLLM's own loader (``plan.py``), what a rank lacks
+of it comes from one other rank, over a network card once for each node (``nodes.py``), and everything is
+prepared as views of live tensors (``rounds.py``). A push is one fused copy of all that a rank has itself,
+and for each round a fused copy into its bucket, an exchange (``transport.py``) and a fused copy out of it.
+Rank r receives exactly the elements of need(r) minus have(r), counted by the transport.
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.models.builder import Model
 from mtrl.models.gather import DTYPES
-from mtrl.models.transfers import TransferPlan
+from mtrl.parallel.agreement import gather_json
+from mtrl.parallel.errors import LostRanksError, RolloutError, WeightError
 from mtrl.rollout.vllm_engine import VllmEngine
-from mtrl.weight_push.plan import Needs, Round, Views, exchange_needs, make_rounds, plan_push
+from mtrl.weight_push.copies import Copies
+from mtrl.weight_push.plan import Needs, exchange_needs, plan_push
+from mtrl.weight_push.rounds import Round, make_rounds
+from mtrl.weight_push.transport import TransportName, choose
+from mtrl.weight_push.verify import Checksums
+from mtrl.weight_push.views import Views
 
 BUCKET_BYTES = 256 * 2**20
+NUM_SPOT_CHECKS = 64
 
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """What a push moved on this rank: bytes received, added up by the transport; calls made for it."""
+    """What pushes moved on this rank: bytes received, added up by the transport, and those of them that came
+    from other nodes; rounds made for it.
+    """
 
     bytes_received: int = 0
+    bytes_across: int = 0
     num_rounds: int = 0
 
 
 class WeightPush:
     """A planned push from one model into one engine, which has its weights' record taken here.
 
-    Built collectively over WORLD. The parameters of both sides keep their storage from then on.
+    Built collectively over WORLD. The parameters of both sides keep their storage from then on; a push
+    refuses when they have not. ``bucket_bytes`` bounds what is allocated for travel, unless one tensor is
+    larger; ``num_verified`` first pushes compare checksums of what was sent and of what the engine holds;
+    ``node_of`` is each rank's node, torchrun's unless given.
     """
 
     def __init__(
-        self, model: Model, engine: VllmEngine, dtype: torch.dtype, *, bucket_bytes: int = BUCKET_BYTES
+        self,
+        model: Model,
+        engine: VllmEngine,
+        dtype: torch.dtype,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        transport: TransportName = "auto",
+        num_verified: int = 0,
+        node_of: list[int] | None = None,
     ) -> None:
-        self._engine, self.counts = engine, Counts()
+        self._model, self._engine, self.counts = model, engine, Counts()
         shapes = model.weight_map.hf_shapes()
-        record = engine.plan_weights(shapes)
-        needs = Needs.of(record)
+        needs = Needs.of(engine.plan_weights(shapes))
         self.staging = {
             name: torch.empty(shapes[name], dtype=dtype, device=engine.device) for name in needs.whole
         }
-        self._views = Views(model, needs, engine.placed, self.staging)
+        views = Views(model, needs, engine.placed, self.staging)
         everyones = exchange_needs(needs)
         kept = {name: DTYPES[each] for name, each in model.weight_map.hf_dtypes().items()}
-        plan = plan_push(model.weight_map, everyones)
-        self.plan = plan
-        self._rounds: list[Round] = []
-        for wire in dict.fromkeys([dtype, *kept.values()]):
-            part = TransferPlan(transfers=tuple(t for t in plan.transfers if kept.get(t.name, dtype) == wire))
-            self._rounds += make_rounds(
-                part,
-                self._views,
-                wire,
-                rank=model.groups.rank,
-                world_size=model.groups.layout.world_size,
-                bucket_bytes=bucket_bytes,
-            )
+        self._rank = model.groups.rank
+        self._nodes = node_of or gather_json(int(os.environ.get("GROUP_RANK", "0")))
+        self.plan = plan_push(model.weight_map, everyones, self._nodes)
+        self.transport = choose(transport, engine.device)
+        made = make_rounds(
+            self.plan,
+            views,
+            self.transport,
+            lambda name: kept.get(name, dtype),
+            rank=self._rank,
+            world_size=model.groups.layout.world_size,
+            bucket_bytes=bucket_bytes // 2,  # one to send from and one to receive into, or two in turns
+        )
+        self._local, self._rounds = made.local, made.rounds
+        self._checksums, self._num_verified = Checksums(self.plan, views, dtype), num_verified
+        own: Mapping[str, Tensor] = {f"{name} (chunk {n})": p for (n, name), p in model.parameters().items()}
+        live = [*((own, name) for name in own), *engine.live_parameters()]
+        self._storage = [(owner, name, owner[name].data_ptr()) for owner, name in live]
+        self._spot = 0
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory that this rank keeps for pushes: buckets, and tensors that are replayed whole."""
+        return self.transport.num_bytes + sum(tensor.nbytes for tensor in self.staging.values())
 
     def run(self, *, policy_version: int) -> int:
         """Push, and make ``policy_version`` the engine's version. Collective over WORLD.
 
         Returns:
             Bytes that this rank received from other ranks.
+
+        Raises:
+            RolloutError: on all ranks: it failed on one, or their versions differ; the engine then refuses
+                to sample.
+            WeightError: on all ranks: a checksum differs.
         """
         before = self.counts.bytes_received
-        with self._engine.receiving(policy_version=policy_version), torch.no_grad():
-            for each in self._rounds:
-                self._exchange(each)
-            self._engine.replay(self.staging)
+        check = self._check if self._num_verified > 0 else None
+        self._engine.update(self._write, policy_version=policy_version, check=check)
+        self._num_verified -= 1
         return self.counts.bytes_received - before
 
+    def _write(self) -> None:
+        """All copies and exchanges; whatever fails on this rank, it takes part in every exchange."""
+        error: Exception | None = None
+        try:
+            self._check_storage()
+            self._local.run()
+        except Exception as caught:  # raised below, when the other ranks need this one no more
+            error = caught
+        for each in self._rounds:
+            try:
+                self._exchange(each)
+            except _CopyFailed as caught:
+                error = error or caught
+        if error is not None:
+            raise error
+        self._engine.replay(self.staging)
+
     def _exchange(self, each: Round) -> None:
-        _copy(each.local)
-        if each.travels:
-            _copy(each.outgoing)
-            dist.all_to_all_single(each.received, each.sent, each.receive_sizes, each.send_sizes)
-            self.counts.bytes_received += each.received.numel() * each.received.element_size()
-            _copy(each.incoming)
+        failed = _attempt(each.outgoing)
+        try:
+            self.counts.bytes_received += self.transport.exchange(each.wire)
+        except RuntimeError as error:  # of torch.distributed: a rank has died, or taken another way
+            raise LostRanksError(f"the push lost other ranks: {error}") from error
+        self.counts.bytes_across += sum(
+            part.nbytes
+            for part, node in zip(each.wire.received, self._nodes, strict=True)
+            if node != self._nodes[self._rank]
+        )
+        failed = failed or _attempt(each.incoming)
         self.counts.num_rounds += 1
+        if failed is not None:
+            raise failed
+
+    def _check(self) -> None:
+        replayed = [name for name, tensor in self.staging.items() if not self._engine.holds(name, tensor)]
+        self._checksums.check(replayed)
+
+    def _check_storage(self) -> None:
+        """Look at some tensors each time, so that the cost does not grow with their number."""
+        live = self._storage[self._spot : self._spot + NUM_SPOT_CHECKS]
+        self._spot = self._spot + NUM_SPOT_CHECKS if len(live) == NUM_SPOT_CHECKS else 0
+        moved = [name for owner, name, pointer in live if owner[name].data_ptr() != pointer]
+        if moved:
+            raise WeightError(
+                f"{moved[0]} is not where it was when the push was planned, in trainer or engine; make a new "
+                "WeightPush after offloading or reloading weights"
+            )
 
 
-def _copy(pairs: tuple[list[Tensor], list[Tensor]]) -> None:
-    """All copies of a list in one call; dtypes may differ."""
-    if pairs[0]:
-        torch._foreach_copy_(pairs[0], pairs[1])
+class _CopyFailed(RolloutError):
+    """A copy of this rank failed."""
+
+
+def _attempt(copies: Copies) -> _CopyFailed | None:
+    try:
+        copies.run()
+    except RuntimeError as error:
+        return _CopyFailed(f"a copy of the push failed: {error}")
+    return None

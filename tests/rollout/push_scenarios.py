@@ -1,6 +1,7 @@
 """What ranks run for the tests of the push: train layouts against engine layouts, three updates each."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mtrl.models.gather import held_boxes
 from mtrl.models.hf import export_hf, initialize
 from mtrl.objectives import SftLoss
 from mtrl.parallel import groups
+from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec
 from mtrl.policy import Microbatch, make_microbatches
@@ -27,6 +29,7 @@ from mtrl.rollout.sampler import sample_on_all
 from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.trainer import Trainer
 from mtrl.weight_push.push import WeightPush
+from mtrl.weight_push.transport import TransportName
 from tests.rollout.toys import logprob_difference, toy_prompts
 from tests.toys import build_toy, write_folder
 
@@ -46,6 +49,8 @@ class Case:
     num_chunks: int = 1
     expert_parallel: bool = False
     temperature: float = 1.0
+    nodes: tuple[int, ...] = ()
+    transport: TransportName = "auto"
 
     @property
     def name(self) -> str:
@@ -56,6 +61,8 @@ class Case:
             *([f"vpp{self.num_chunks}"] if self.num_chunks > 1 else []),
             *(["expert_parallel"] if self.expert_parallel else []),
             *([f"temperature{self.temperature}"] if self.temperature != 1.0 else []),
+            *([f"nodes{''.join(map(str, self.nodes))}"] if self.nodes else []),
+            *([self.transport] if self.transport != "auto" else []),
         ]
         return " ".join([self.actor, self.rollout, *flags])
 
@@ -67,12 +74,12 @@ CASES = {
         Case(actor="megatron:t2", rollout="vllm:d2", tied=True),
         Case(actor="megatron:(attn:t2|ffn:e2)", rollout="vllm:t2"),
         Case(actor="megatron:p2", rollout="vllm:d2", tied=True),
-        Case(actor="megatron:p2", rollout="vllm:t2", num_chunks=2),
+        Case(actor="megatron:p2", rollout="vllm:t2", num_chunks=2, transport="collective"),
         Case(actor="megatron:d2", rollout="vllm:t2", kind="dense", tied=True),
     ),
     4: (
         Case(actor="megatron:(attn:d2t2|ffn:e4)", rollout="vllm:d2t2", expert_parallel=True),
-        Case(actor="megatron:(attn:p2t2|ffn:p2e2)", rollout="vllm:d4"),
+        Case(actor="megatron:(attn:p2t2|ffn:p2e2)", rollout="vllm:d4", nodes=(0, 0, 1, 1)),
     ),
 }
 
@@ -86,8 +93,8 @@ def _cases() -> tuple[Case, ...]:
     return CASES[dist.get_world_size()]
 
 
-def run_case(case: Case, folder: Path) -> dict[str, Any]:
-    """Push, sample, compare with trainer and transformers, update; three times."""
+def open_case(case: Case, folder: Path) -> tuple[Model, Trainer, VllmEngine, WeightPush]:
+    """Trainer, engine and push of a case. Collective over WORLD."""
     config = _config_folder(case, folder)
     parallel = groups.create(
         RankLayout.from_spec(parse_training_spec(case.actor)), virtual_pipeline_size=case.num_chunks
@@ -101,15 +108,33 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         folder, parse_rollout_spec(case.rollout), max_model_len=200, max_num_seqs=32, dtype="float32", seed=0,
         kv_cache_bytes=16 << 20, expert_parallel=case.expert_parallel,
     )  # fmt: skip
-    push = WeightPush(model, engine, torch.float32, bucket_bytes=1 << 14)  # several rounds share a bucket
+    # Several rounds share a bucket.
+    push = WeightPush(
+        model, engine, torch.float32, bucket_bytes=1 << 15, transport=case.transport,
+        num_verified=NUM_UPDATES, node_of=list(case.nodes) or None,
+    )  # fmt: skip
+    return model, trainer, engine, push
+
+
+def run_case(case: Case, folder: Path) -> dict[str, Any]:
+    """Push, sample, compare with trainer and transformers, update; three times."""
+    model, trainer, engine, push = open_case(case, folder)
     found = [
         _update(case, folder / f"v{version}", version, model, trainer, engine, push)
         for version in range(1, NUM_UPDATES + 1)
     ]
-    num_lacking = _num_lacking(model, engine)
+    nodes = list(case.nodes) or [0] * dist.get_world_size()
+    found_here = {
+        "updates": found,
+        "lacking_bytes": 4 * _num_lacking(model, engine),
+        "lacking_on_node": 4 * _num_lacking_on_node(model, engine, nodes),
+        "across": gather_json(push.counts.bytes_across),
+        "rounds": push.counts.num_rounds / NUM_UPDATES,
+        "transport": push.transport.name,
+    }
     engine.shutdown()
     groups.destroy()
-    return {"updates": found, "lacking_bytes": 4 * num_lacking}
+    return found_here
 
 
 def _update(
@@ -173,16 +198,45 @@ def _config_folder(case: Case, folder: Path) -> Any:
 
 def _num_lacking(model: Model, engine: VllmEngine) -> int:
     """Elements that this rank's engine reads and its trainer does not hold, counted one by one."""
-    record = engine.loader_record
-    assert record is not None
     held = held_boxes(model.weight_map)[model.groups.rank]
     num_lacking = 0
-    for name, shape in model.weight_map.hf_shapes().items():
-        lacks = torch.zeros(shape, dtype=torch.bool)
-        for copy in record.copies:
-            if copy.source == name:
-                copy.source_region.of(lacks).fill_(True)
+    for name, lacks in _read_elements(model, engine):
         for box in held.get(name, ()):
             lacks[box.slices] = False
         num_lacking += int(lacks.sum())
     return num_lacking
+
+
+def _num_lacking_on_node(model: Model, engine: VllmEngine, nodes: list[int]) -> int:
+    """Elements that some engine of this rank's node reads and none of its trainers holds."""
+    held, own = held_boxes(model.weight_map), nodes[model.groups.rank]
+    num_lacking = 0
+    for name, lacks in _read_elements(model, engine):
+        dist.all_reduce(everyones := _by_node(lacks, own), op=dist.ReduceOp.MAX)
+        lacks = everyones[own].bool()
+        for rank, node in enumerate(nodes):
+            for box in held[rank].get(name, ()) if node == own else ():
+                lacks[box.slices] = False
+        num_lacking += int(lacks.sum())
+    return num_lacking
+
+
+def _by_node(lacks: Tensor, node: int) -> Tensor:
+    rows = torch.zeros((dist.get_world_size(), *lacks.shape), dtype=torch.uint8)
+    rows[node] = lacks
+    return rows
+
+
+def _read_elements(model: Model, engine: VllmEngine) -> Iterator[tuple[str, Tensor]]:
+    """By tensor, which elements this rank's engine reads; what is read otherwise than as a box counts
+    whole.
+    """
+    record = engine.loader_record
+    assert record is not None
+    for name, shape in model.weight_map.hf_shapes().items():
+        reads = torch.zeros(shape, dtype=torch.bool)
+        for copy in record.copies:
+            if copy.source == name:
+                is_box = copy.source_region.box(shape) is not None
+                copy.source_region.of(reads).fill_(True) if is_box else reads.fill_(True)
+        yield name, reads

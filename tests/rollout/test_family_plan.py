@@ -60,7 +60,7 @@ def push_and_load(path: Path, number: int) -> dict[str, Any]:
         path, parse_rollout_spec(rollout), max_model_len=64, max_num_seqs=8, dtype="float32", seed=0,
         kv_cache_bytes=16 << 20,
     )  # fmt: skip
-    push = WeightPush(model, engine, torch.float32)
+    push = WeightPush(model, engine, torch.float32, num_verified=1)
     received = push.run(policy_version=1)
     pushed = {name: tensor.clone() for name, tensor in engine.destinations.items()}
     names = tuple(model.weight_map.hf_shapes())

@@ -75,3 +75,21 @@ def test_a_rank_receives_exactly_what_it_lacks(pushes: Pushes, size: int, case: 
         # travels.
         has_all = case.startswith(("megatron:d2 ", "megatron:(attn:d2|ffn:e2) vllm:t2 expert"))
         assert (result[case]["lacking_bytes"] == 0) == has_all
+
+
+@each_case
+def test_a_node_receives_exactly_what_it_lacks(pushes: Pushes, size: int, case: str) -> None:
+    results = [result[case] for result in pushes(size)]
+    nodes = next(each for each in CASES[size] if each.name == case).nodes or (0,) * size
+    for node in sorted(set(nodes)):
+        (lacking,) = {r["lacking_on_node"] for r, of in zip(results, nodes, strict=True) if of == node}
+        across = sum(bytes_ for bytes_, of in zip(results[0]["across"], nodes, strict=True) if of == node)
+        assert across == NUM_UPDATES * lacking
+        assert (lacking > 0) == (len(set(nodes)) > 1)
+
+
+@each_case
+def test_rounds_and_memory_are_shared(pushes: Pushes, size: int, case: str) -> None:
+    for result in pushes(size):
+        assert (result[case]["rounds"] > 2) == any(r[case]["lacking_bytes"] for r in pushes(size))
+        assert result[case]["transport"] == ("collective" if "collective" in case else "shared_memory")

@@ -1,11 +1,14 @@
 """Copies that follow each other in memory are made as one, and nothing else changes."""
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mtrl.models.boxes import Box
-from mtrl.weight_push.plan import coalesced, disjoint
+from mtrl.weight_push.copies import Copies, common_shape
+from mtrl.weight_push.plan import disjoint
 
 SIZE = 24
 
@@ -25,24 +28,60 @@ def test_fewer_copies_do_the_same(cuts: list[tuple[int, int]], transposed: bool)
         block = torch.zeros(2, 3)
         destinations.append(block.T)
         sources.append(torch.ones(3, 2))
-    new_destinations, new_sources = coalesced((destinations, sources))
-    for destination, each in zip(new_destinations, new_sources, strict=True):
-        destination.copy_(each)
+    copies = Copies(destinations, sources).coalesced()
+    copies.run()
     assert found.equal(expected)
-    assert len(new_destinations) <= len(destinations)
+    assert len(copies) <= len(destinations)
 
 
 def test_neighbours_on_both_sides_become_one_copy() -> None:
     source, target = torch.arange(12.0), torch.zeros(12)
     order = [2, 0, 1]
-    pairs = (
+    pairs = Copies(
         [target[4 * n : 4 * n + 4].view(2, 2) for n in order],
         [source[4 * n : 4 * n + 4] for n in order],
     )
-    destinations, sources = coalesced(pairs)
-    assert [each.shape for each in destinations] == [(12,)] == [each.shape for each in sources]
-    swapped = ([target[0:4], target[4:8]], [source[4:8], source[0:4]])
-    assert len(coalesced(swapped)[0]) == 2
+    found = pairs.coalesced()
+    assert [each.shape for each in found.destinations] == [(12,)] == [each.shape for each in found.sources]
+    swapped = Copies([target[0:4], target[4:8]], [source[4:8], source[0:4]])
+    assert len(swapped.coalesced()) == 2
+
+
+def test_copies_at_equal_distances_become_one_copy() -> None:
+    """As experts' gates go between fused weights, here in another order of blocks too."""
+    source, target = torch.arange(96.0), torch.zeros(2, 96)
+    expected = Copies()
+    for number in range(4):
+        expected.add(
+            target[0, 20 * number : 20 * number + 12].view(2, 3, 2).transpose(1, 2),
+            source[24 * number :][:12],
+        )
+    found = Copies(
+        [each.view(each.shape) for each in expected.destinations], list(expected.sources)
+    ).coalesced()
+    assert len(found) == 1 and found.destinations[0].shape == (4, 2, 2, 3)
+    found.run()
+    first = target.clone()
+    target.zero_()
+    expected.run()
+    assert target.equal(first)
+
+
+@given(st.lists(st.sampled_from([2, 3, 4, 5]), max_size=4), st.data())
+def test_a_common_shape_splits_both(sizes: list[int], data: st.DataObject) -> None:
+    def joined() -> list[int]:
+        shape = list(sizes)
+        while len(shape) > 1 and data.draw(st.booleans()):
+            at = data.draw(st.integers(0, len(shape) - 2))
+            shape[at : at + 2] = [shape[at] * shape[at + 1]]
+        return shape
+
+    one, other = joined(), joined()
+    shape = common_shape(one, other)
+    assert shape is not None and math.prod(shape) == math.prod(sizes)
+    tensor = torch.arange(math.prod(sizes))
+    assert tensor.view(one).view(shape).equal(tensor.view(other).view(shape))
+    assert common_shape((4, 6), (3, 8)) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=5))

@@ -1,0 +1,233 @@
+"""How a bucket gets from rank to rank: torch.distributed's collectives, or memory that processes share.
+
+Both give each round its buffers once and count what arrives. Shared memory saves a copy and all of gloo's
+sockets, where every rank is on one machine and has its weights on the CPU: a receiver copies from the
+sender's own bucket into the engine. NCCL does the like between GPUs of a machine itself.
+"""
+
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtrl.parallel.agreement import gather_json
+from mtrl.parallel.errors import RolloutError
+
+Sizes = Sequence[Sequence[int]]
+"""Elements that travel in a round: ``[source][target]``, with zeros for a rank to itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSizes:
+    """What travels in a round, all of one dtype."""
+
+    elements: Sizes
+    dtype: torch.dtype
+
+    def num_sent(self, rank: int) -> int:
+        """Bytes that a rank sends."""
+        return sum(self.elements[rank]) * self.dtype.itemsize
+
+    def received(self, rank: int) -> list[int]:
+        """Elements that come to a rank, by source."""
+        return [row[rank] for row in self.elements]
+
+    def num_received(self, rank: int) -> int:
+        """Bytes that come to a rank."""
+        return sum(self.received(rank)) * self.dtype.itemsize
+
+
+TransportName = Literal["auto", "collective", "shared_memory"]
+
+_ALIGNMENT = 64
+
+_HAS_SHARED_FILES = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """One round's buffers on this rank, flat: all that it sends, by target; what comes from each source."""
+
+    sent: Tensor
+    received: tuple[Tensor, ...]
+    sizes: Sizes
+
+
+class Transport(Protocol):
+    """Buffers for rounds, and their exchange."""
+
+    @property
+    def name(self) -> str:
+        """As in the config."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all buffers on this rank."""
+
+    def open(self, rounds: Sequence[RoundSizes], device: torch.device) -> list[Wire]:
+        """Buffers for rounds that take turns. Collective over WORLD."""
+
+    def exchange(self, wire: Wire) -> int:
+        """Bring what all ranks have put into ``sent`` to ``received``; bytes that this rank received.
+
+        Collective over WORLD; until the next `exchange`, or the end of the push, ``received`` stays.
+        """
+
+
+class CollectiveTransport:
+    """One ``all_to_all_single`` a round, between two buckets that all rounds share."""
+
+    name = "collective"
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    def open(self, rounds: Sequence[RoundSizes], device: torch.device) -> list[Wire]:
+        """See `Transport.open`."""
+        rank = dist.get_rank()
+        outbox = _bytes(max((each.num_sent(rank) for each in rounds), default=0), device)
+        inbox = _bytes(max((each.num_received(rank) for each in rounds), default=0), device)
+        self.num_bytes += outbox.nbytes + inbox.nbytes
+        return [
+            Wire(
+                sent=outbox[: each.num_sent(rank)].view(each.dtype),
+                received=inbox[: each.num_received(rank)].view(each.dtype).split(each.received(rank)),
+                sizes=each.elements,
+            )
+            for each in rounds
+        ]
+
+    def exchange(self, wire: Wire) -> int:
+        """See `Transport.exchange`."""
+        rank = dist.get_rank()
+        counts = [each.numel() for each in wire.received]
+        first, total = wire.received[0], sum(counts)
+        inbox = first.as_strided((total,), (1,), first.storage_offset())
+        dist.all_to_all_single(inbox, wire.sent, counts, list(wire.sizes[rank]))
+        return inbox.nbytes
+
+
+class SharedMemoryTransport:
+    """Each rank fills its own bucket, which the others have mapped; they read it after a barrier.
+
+    A bucket has two halves that rounds take in turn: a rank that is a barrier ahead writes to the other.
+    The memory has no name in any file system, so that no crash leaves it behind.
+    """
+
+    name = "shared_memory"
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    def open(self, rounds: Sequence[RoundSizes], device: torch.device) -> list[Wire]:
+        """See `Transport.open`; RolloutError on all ranks where one has no memory for it."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        halves = [
+            _aligned(max((each.num_sent(source) for each in rounds), default=0))
+            for source in range(world_size)
+        ]
+        buckets = _share([half * min(len(rounds), 2) for half in halves])
+        self.num_bytes += buckets[rank].nbytes
+        wires = []
+        for number, each in enumerate(rounds):
+            starts = [number % 2 * half for half in halves]
+            sent = [
+                bucket[start : start + each.num_sent(source)].view(each.dtype)
+                for source, (bucket, start) in enumerate(zip(buckets, starts, strict=True))
+            ]
+            received = tuple(
+                sent[source].split(list(each.elements[source]))[rank] for source in range(world_size)
+            )
+            wires.append(Wire(sent=sent[rank], received=received, sizes=each.elements))
+        return wires
+
+    def exchange(self, wire: Wire) -> int:
+        """See `Transport.exchange`."""
+        dist.barrier()
+        return sum(each.nbytes for each in wire.received)
+
+
+def choose(name: TransportName, device: torch.device) -> Transport:
+    """The transport of that name; ``auto`` shares memory where it can. Collective over WORLD.
+
+    Raises:
+        RolloutError: ``shared_memory`` was asked for and these ranks have none in common.
+    """
+    if name == "collective" or (name == "auto" and device.type != "cpu"):
+        return CollectiveTransport()
+    if device.type == "cpu" and _have_memory_in_common():
+        return SharedMemoryTransport()
+    if name == "auto":
+        return CollectiveTransport()
+    raise RolloutError(
+        "rollout.push_transport=shared_memory needs engines on the CPU, and all ranks on one Linux machine "
+        "in one container; use rollout.push_transport=auto"
+    )
+
+
+def _have_memory_in_common() -> bool:
+    """Whether each rank can read what the others put into theirs; the same answer on all."""
+    token = secrets.token_bytes(16)
+    own = -1
+    if _HAS_SHARED_FILES:
+        own = os.memfd_create("mtrl-probe", os.MFD_CLOEXEC)
+        os.write(own, token)
+    everyones = gather_json([os.getpid(), own, token.hex()])
+    try:
+        reads = all(_can_read(*each) for each in everyones)
+        return all(gather_json(reads))
+    finally:
+        if own >= 0:
+            os.close(own)
+
+
+def _can_read(pid: int, number: int, token: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/fd/{number}", "rb") as file:
+            return file.read().hex() == token
+    except OSError:  # another machine, container or user
+        return False
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _share(sizes: Sequence[int]) -> list[Tensor]:
+    """Every rank's flat tensor of so many bytes, in memory that all ranks have mapped. Collective."""
+    rank = dist.get_rank()
+    own, error = -1, None
+    try:
+        own = os.memfd_create("mtrl-push", os.MFD_CLOEXEC)
+        if sizes[rank]:
+            os.posix_fallocate(own, 0, sizes[rank])
+    except OSError as caught:
+        error = caught
+    everyones = gather_json([os.getpid(), own, None if error is None else str(error)])
+    failed = [number for number, each in enumerate(everyones) if each[2] is not None]
+    if failed:
+        raise RolloutError(
+            f"rank {failed[0]} could not allocate {sizes[failed[0]]} bytes of shared memory for the push: "
+            f"{everyones[failed[0]][2]}; free memory, or use rollout.push_transport=collective"
+        ) from error
+    tensors = [_map(pid, number, size) for (pid, number, _), size in zip(everyones, sizes, strict=True)]
+    dist.barrier()  # everyone has it mapped: it lives as long as the mappings
+    os.close(own)
+    return tensors
+
+
+def _map(pid: int, number: int, size: int) -> Tensor:
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    with open(f"/proc/{pid}/fd/{number}", "r+b") as file:
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)

@@ -1,0 +1,114 @@
+"""Views of the elements of Hugging Face tensors in live tensors: the trainer's, the engine's."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mtrl.models.boxes import Box, Piece
+from mtrl.models.builder import Model
+from mtrl.models.flat_ranges import boxes_of_range
+from mtrl.models.pieces import stored_region
+from mtrl.rollout.kernel_layout import Ranges, in_dims_of, shifted
+from mtrl.rollout.loader_record import RecordedCopy
+from mtrl.rollout.weight_loading import Placed
+from mtrl.weight_push.copies import common_shape
+from mtrl.weight_push.plan import Needs
+
+
+@dataclass(slots=True)
+class Views:
+    """Makes views of boxes of Hugging Face tensors in live tensors: this rank's trainer and engine."""
+
+    model: Model
+    needs: Needs
+    placed: Callable[[RecordedCopy, Ranges], Iterator[Placed]]
+    staging: Mapping[str, Tensor]
+    _pieces: dict[str, list[tuple[Box, Piece]]] = field(init=False)
+    _tensors: Mapping[Any, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tensors, self._pieces = self.model.tensors(), {}
+        for piece in self.model.weight_map.of_rank(self.model.groups.rank).pieces:
+            for simple in piece.simple():
+                self._pieces.setdefault(simple.hf.name, []).append((simple.stored, simple))
+
+    def held(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """The trainer's elements of ``box``: parts of it, each with a view of its elements in some shape
+        whose row-major order is that of the part.
+        """
+        held, piece = next((h, p) for h, p in self._pieces[name] if h.intersect(box) == box)
+        region = stored_region(self._tensors, piece)
+        lengths = _grouped(tuple(region.shape), [len(factors) for factors in piece.hf.factors])
+        for part, factors in _factor_boxes(lengths, box.relative_to(held)):
+            ranges = zip(part.ranges, held.ranges, strict=True)
+            yield Box(tuple((low + a, low + b) for (a, b), (low, _) in ranges)), region[factors.slices]
+
+    def wanted(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """Where the engine wants the elements of ``box``: parts of it, each with a view of its elements in
+        some shape whose row-major order is that of the part.
+        """
+        if name in self.staging:
+            yield box, self.staging[name][box.slices]
+            return
+        for source, copy in self.needs.copies[name]:
+            common = source.intersect(box)
+            if common is None:
+                continue
+            shape, starts = copy.source_region.shape, [low for low, _ in source.ranges]
+            for part, view in self.placed(
+                copy, in_dims_of(shape, common.relative_to(source).ranges, source.shape)
+            ):
+                yield Box(shifted(in_dims_of(source.shape, part, shape), starts)), view
+
+    def delivered(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """As `wanted`, and each element once: where a copy of what this rank has received can be read."""
+        rest = [box]
+        while rest:
+            part, view = next(iter(self.wanted(name, rest.pop())))
+            yield part, view
+            rest = [left for each in rest for left in each.subtract(part)]
+
+    def matched(self, name: str, box: Box) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where the engine wants what the trainer holds: (target, source) views of the same elements."""
+        for part, source in self.held(name, box):
+            for wanted, target in self.wanted(name, part):
+                if wanted == part and common_shape(target.shape, source.shape) is not None:
+                    yield target, source
+                else:
+                    for smaller in (wanted,) if wanted != part else _halves(part):
+                        yield from self.matched(name, smaller)
+
+
+def _halves(box: Box) -> tuple[Box, Box]:
+    """Cut along the longest dim."""
+    dim = max(range(len(box.ranges)), key=lambda each: box.shape[each])
+    low, high = box.ranges[dim]
+    middle = (low + high) // 2
+    return tuple(  # type: ignore[return-value]
+        Box((*box.ranges[:dim], part, *box.ranges[dim + 1 :])) for part in ((low, middle), (middle, high))
+    )
+
+
+def _grouped(shape: Sequence[int], counts: Sequence[int]) -> list[tuple[int, ...]]:
+    sizes = iter(shape)
+    return [tuple(itertools.islice(sizes, count)) for count in counts]
+
+
+def _factor_boxes(lengths: Sequence[tuple[int, ...]], box: Box) -> Iterator[tuple[Box, Box]]:
+    """Cut ``box`` of a tensor whose dims are split into factors into boxes of the factors.
+
+    Yields each as a box of the tensor and as one of all factors in sequence.
+    """
+    cuts: list[list[tuple[tuple[int, int], Box]]] = []
+    for factors, (start, stop) in zip(lengths, box.ranges, strict=True):
+        parts, at = [], start
+        for part in boxes_of_range(factors, start, stop):
+            parts.append(((at, at + part.num_elements), part))
+            at += part.num_elements
+        cuts.append(parts)
+    for chosen in itertools.product(*cuts):
+        whole = Box(tuple(part_range for part_range, _ in chosen))
+        yield whole, Box(tuple(itertools.chain.from_iterable(part.ranges for _, part in chosen)))

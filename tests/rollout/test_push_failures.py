@@ -1,0 +1,50 @@
+"""A push that fails on any rank fails on all, says why, and leaves no engine that samples mixed weights."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.world import World, WorldError
+from tests.rollout.failure_scenarios import dying_push, failing_pushes
+
+pytestmark = pytest.mark.vllm
+
+ERRORS = {
+    "a copy fails": "a copy of the push failed",
+    "versions differ": r"RolloutError: ranks have different policy versions: \[2, 3\]",
+    "a parameter has moved": "is not where it was when the push was planned",
+    "a wrong bit": "WeightError: after the push the engine does not hold the trainer's weights: .*down_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def failures(rollout_world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = str(tmp_path_factory.mktemp("failures"))
+    results: list[dict[str, Any]] = rollout_world.run(
+        failing_pushes, {"folder": folder}, size=2, timeout_s=200
+    )
+    return results
+
+
+@pytest.mark.parametrize("failure", ERRORS)
+def test_it_fails_on_all_ranks_and_the_engine_refuses_until_the_next_push(
+    failures: list[dict[str, Any]], failure: str
+) -> None:
+    for rank in failures:
+        found = rank[failure]
+        assert re.search(ERRORS[failure], found["error"])
+        assert found["refused"] and found["recovers"]
+
+
+def test_an_engine_that_was_shut_down_takes_no_weights(failures: list[dict[str, Any]]) -> None:
+    assert all("shut down" in rank["shut down"] for rank in failures)
+
+
+def test_a_rank_that_dies_leaves_no_engine_with_mixed_weights(rollout_world: World, tmp_path: Path) -> None:
+    with pytest.raises(WorldError, match="rank 1"):
+        rollout_world.run(dying_push, {"folder": str(tmp_path)}, size=2, timeout_s=120)
+    met = json.loads((tmp_path / "met.json").read_text())
+    assert "the push lost other ranks" in met["error"] and met["refused"]
