@@ -22,6 +22,7 @@ from mtrl.models.builder import Model, build_model
 from mtrl.models.hf import initialize, load_hf
 from mtrl.models.megatron_config import recompute_fields
 from mtrl.parallel import determinism, groups
+from mtrl.parallel.agreement import agree
 from mtrl.parallel.layout import RankLayout
 from mtrl.preflight import Job
 from mtrl.probe import NUM_PROMPTS, NUM_TOKENS, Probe
@@ -151,11 +152,15 @@ def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
     """Start vLLM on these ranks, from a folder that holds the model's config and tokenizer."""
     assert job.rollout is not None
     config, home = job.config.rollout, folder.path / "engine"
+    error: OSError | None = None
     if folder.is_writer:
-        home.mkdir(exist_ok=True)  # a resumed run has one
-        copy_tokenizer(job.config.tokenizer_path, home)
-        write_atomically(home / "config.json", _to_json(job))
-    dist.barrier()
+        try:
+            home.mkdir(exist_ok=True)  # a resumed run has one
+            copy_tokenizer(job.config.tokenizer_path, home)
+            write_atomically(home / "config.json", _to_json(job))
+        except OSError as caught:
+            error = caught
+    agree(error)
     name, dtype = _ENGINE_DTYPES[job.config.model.precision if config.dtype == "auto" else config.dtype]
     engine = VllmEngine.create(
         home,

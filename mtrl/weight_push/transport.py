@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -206,12 +207,15 @@ def _bytes(size: int, device: torch.device) -> Tensor:
 def _share(sizes: Sequence[int]) -> list[Tensor]:
     """Every rank's flat tensor of so many bytes, in memory that all ranks have mapped. Collective."""
     rank = dist.get_rank()
-    own, error = -1, None
+    own = -1
+    error: OSError | MemoryError | None = None
     try:
+        # Pages come when they are written, without an error where there are none: so ask before.
+        if sizes[rank] > (available := _available_bytes()):
+            raise MemoryError(f"{available} bytes are available")
         own = os.memfd_create("mtrl-push", os.MFD_CLOEXEC)
-        if sizes[rank]:
-            os.posix_fallocate(own, 0, sizes[rank])
-    except OSError as caught:
+        os.ftruncate(own, sizes[rank])
+    except (OSError, MemoryError) as caught:
         error = caught
     everyones = gather_json([os.getpid(), own, None if error is None else str(error)])
     failed = [number for number, each in enumerate(everyones) if each[2] is not None]
@@ -224,6 +228,12 @@ def _share(sizes: Sequence[int]) -> list[Tensor]:
     dist.barrier()  # everyone has it mapped: it lives as long as the mappings
     os.close(own)
     return tensors
+
+
+def _available_bytes() -> int:
+    """Memory that this machine can still give, by the kernel's estimate."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _map(pid: int, number: int, size: int) -> Tensor:

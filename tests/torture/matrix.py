@@ -123,6 +123,8 @@ class Torture:
             self._run(name, (), trial)
         except WorldError as error:
             story = str(error)
+        if "the process that starts ranks ended" in story:
+            raise RuntimeError(f"{trial} has no result, for what should have run it died: {story}")
         if not story:
             return "the fault did not end the run"
         if trial.action.startswith("E") and "CheckpointError" not in story:

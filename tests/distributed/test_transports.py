@@ -1,0 +1,104 @@
+"""Every transport delivers each round's elements to their targets, whatever the rounds, and counts them."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mtrl.parallel.errors import RolloutError
+from mtrl.weight_push import transport
+from mtrl.weight_push.transport import CollectiveTransport, RoundSizes, SharedMemoryTransport, choose
+from tests.distributed.world import World
+
+pytestmark = pytest.mark.one_stack
+
+DTYPES = (torch.float32, torch.bfloat16)
+NUM_ROUNDS, NUM_PUSHES = 5, 3
+
+
+def rounds_of(world_size: int, seed: int) -> list[RoundSizes]:
+    """Random sizes, many of them nothing; the same on all ranks."""
+    draw = random.Random(seed)
+    return [
+        RoundSizes(
+            tuple(
+                tuple(draw.choice((0, 1, 7, 300)) if source != target else 0 for target in range(world_size))
+                for source in range(world_size)
+            ),
+            DTYPES[number % 2],
+        )
+        for number in range(NUM_ROUNDS)
+    ]
+
+
+def value(push: int, number: int, source: int, target: int) -> float:
+    return float(((push * NUM_ROUNDS + number) * 16 + source * 4 + target) % 251)
+
+
+def exchange(name: str, seed: int) -> dict[str, Any]:
+    """Some pushes of the same rounds; what arrived wrong, and the bytes counted beside those expected."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    made = {"collective": CollectiveTransport, "shared_memory": SharedMemoryTransport}[name]()
+    sizes = rounds_of(world_size, seed)
+    wires, wrong, counted = made.open(sizes, torch.device("cpu")), [], 0
+    for push in range(NUM_PUSHES):
+        for number, wire in enumerate(wires):
+            parts = wire.sent.split(list(wire.sizes[rank]))
+            for target, part in enumerate(parts):
+                part.fill_(value(push, number, rank, target))
+            counted += made.exchange(wire)
+            for source, part in enumerate(wire.received):
+                expected = torch.full_like(part, value(push, number, source, rank))
+                if part.numel() != wire.sizes[source][rank] or not part.equal(expected):
+                    wrong.append([push, number, source])
+        dist.barrier()  # as the end of a push is
+    expected_bytes = NUM_PUSHES * sum(each.num_received(rank) for each in sizes)
+    return {"wrong": wrong, "counted": counted, "expected": expected_bytes, "extra": made.num_bytes}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["collective", "shared_memory"])
+def test_what_is_sent_arrives(world: World, name: str, size: int) -> None:
+    for seed in range(2):
+        for found in world.run(exchange, {"name": name, "seed": seed}, size=size):
+            assert found["wrong"] == [] and found["counted"] == found["expected"]
+
+
+def chosen() -> list[str]:
+    cpu = torch.device("cpu")
+    return [choose(name, cpu).name for name in ("auto", "collective", "shared_memory")]
+
+
+def chosen_without_memory() -> list[str]:
+    """Where one rank can share nothing: another kind of system."""
+    if dist.get_rank() == 1:
+        transport._HAS_SHARED_FILES = False
+    cpu, found = torch.device("cpu"), []
+    for name in ("auto", "collective", "shared_memory"):
+        try:
+            found.append(choose(name, cpu).name)
+        except RolloutError as error:
+            found.append(str(error))
+    return found
+
+
+def test_memory_is_shared_where_all_ranks_can(world: World) -> None:
+    assert world.run(chosen, size=2) == [["shared_memory", "collective", "shared_memory"]] * 2
+    for found in world.run(chosen_without_memory, size=2):
+        assert found[:2] == ["collective", "collective"] and "rollout.push_transport=auto" in found[2]
+
+
+def too_much() -> str:
+    sizes = RoundSizes(((0, 1 << 50), (0, 0)), torch.float32)
+    try:
+        SharedMemoryTransport().open([sizes], torch.device("cpu"))
+    except RolloutError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_without_the_memory_is_named_by_all(world: World) -> None:
+    for told in world.run(too_much, size=2):
+        assert "rank 0 could not allocate" in told and "push_transport=collective" in told
