@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mtrl.tools.generate import main
-from tests.e2e.jobs import ROOT, python
+from tests.distributed.world import World
+from tests.e2e.jobs import ROOT, forked, python
 from tests.e2e.toy import MODEL
 from tests.toys import build_toy, write_weights
 
@@ -45,12 +46,15 @@ def greedy(folder: Path, text: str, max_new_tokens: int) -> str:
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", ["a checkpoint of a run", "a random model"])
 def test_vllm_answers_greedily_as_transformers_does(
-    request: pytest.FixtureRequest, model: Path, kind: str
+    request: pytest.FixtureRequest, world: World, model: Path, kind: str
 ) -> None:
     folder = model if kind == "a random model" else request.getfixturevalue("checkpoint")
     asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    tool = str(ROOT / "tools" / "generate.py")
-    done = python(folder, tool, "--model", str(folder), *asked, "--max-new-tokens", "12")
+    arguments = ("--model", str(folder), *asked, "--max-new-tokens", "12")
+    if kind == "a random model":
+        done = python(folder, str(ROOT / "tools" / "generate.py"), *arguments)
+    else:
+        done = forked(world, folder, "mtrl.tools.generate", *arguments)
     assert (done.status, done.err) == (0, "")
     assert done.out.splitlines() == [greedy(folder, prompt, 12) for prompt in PROMPTS]
 

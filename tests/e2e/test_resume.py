@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from tests.distributed.world import World, WorldError
-from tests.e2e.jobs import ROOT, TRAIN, forked, lines, python, run_main, untimed
+from tests.e2e.jobs import ROOT, TRAIN, forked, lines, run_main, untimed
 
 OPTIONS = ("algorithm.total_steps=4", "checkpoint.every_steps=1")
 
@@ -250,13 +250,13 @@ def test_transformers_opens_a_checkpoint_as_it_is(straight: Path) -> None:
 
 @pytest.mark.vllm
 def test_a_penalty_without_its_reference_is_refused_before_anything_starts(
-    toy: Path, checkpoint: Path
+    world: World, toy: Path, checkpoint: Path
 ) -> None:
     run = checkpoint.parents[1]
     shutil.copytree(run, run.with_name("penalty"))
-    done = python(
-        toy, TRAIN, "grpo.yaml", "output_dir=runs/penalty", "if_exists=resume", "algorithm.kl_coef=0.1",
-        "actor.backend=megatron:d1", "rollout.backend=vllm:d1",
+    done = forked(
+        world, toy, "mtrl.train", "grpo.yaml", "output_dir=runs/penalty", "if_exists=resume",
+        "algorithm.kl_coef=0.1", "actor.backend=megatron:d1", "rollout.backend=vllm:d1",
     )  # fmt: skip
     assert done.status == 2
     assert "algorithm.kl_coef: given 0.1, but runs/penalty/checkpoints/reference is not there" in done.err

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mtrl.config_load import load_config
-from tests.e2e.jobs import Finished, lines, torchrun, untimed
+from tests.distributed.world import World
+from tests.e2e.jobs import Finished, lines, run_main, untimed
 
 pytestmark = pytest.mark.vllm
 
@@ -26,10 +27,10 @@ def steps(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def again(toy: Path) -> Path:
-    """The same once more, while the user's reward reseeds every global generator of rank 0."""
-    done = torchrun(toy, "grpo.yaml", "output_dir=runs/again", "reward.name=rewards:reseeding")
-    assert done.status == 0, done.err
+def again(world: World, toy: Path) -> Path:
+    """The same in forks, while the user's reward reseeds every global generator of rank 0."""
+    arguments = ["grpo.yaml", "output_dir=runs/again", "reward.name=rewards:reseeding"]
+    world.run(run_main, {"folder": str(toy), "arguments": arguments}, size=2, start=False, timeout_s=200)
     return toy / "runs" / "again"
 
 

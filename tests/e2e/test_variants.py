@@ -11,6 +11,7 @@ from tests.distributed.world import World
 from tests.e2e.jobs import lines, run_main
 
 NUM_SFT = 4
+ROUTER = "actor.router={aux_loss: global_batch, aux_loss_coeff: 0.01, z_loss_coeff: 0.001}"
 
 
 def run(world: World, toy: Path, name: str, *overrides: str, config: str = "grpo") -> Path:
@@ -35,8 +36,16 @@ def much(world: World, toy: Path) -> Path:
         world, toy, "much", "seed=2", "actor.backend=megatron:(attn:t2|ffn:e2)", "rollout.backend=vllm:t2",
         "rollout.expert_parallel=true", "algorithm.minibatches_per_step=2", "algorithm.kl_coef=0.1",
         "algorithm.sampler_correction=2", "checkpoint.every_steps=1", "checkpoint.keep_last=2",
-        "evaluation.every_steps=1", "evaluation.num_prompts=3", "rollout.temperature=0.8",
+        "evaluation.every_steps=1", "evaluation.num_prompts=3", "rollout.temperature=0.8", ROUTER,
+        "actor.recompute=selective", "actor.recompute_modules=[core_attn, moe]",
     )  # fmt: skip
+
+
+@pytest.mark.vllm
+def test_a_grpo_run_reports_its_routers(much: Path) -> None:
+    records = lines(much / "metrics.jsonl")
+    assert {each["phase"] for each in records} == {"sft", "grpo"}
+    assert all(each["router_aux_loss"] >= 0.99 and each["router_z_loss"] > 0 for each in records)
 
 
 @pytest.mark.vllm

@@ -16,6 +16,7 @@ from torch import Tensor
 from mtrl.batch import Completion, Prompt
 from mtrl.parallel.errors import MtrlError
 from mtrl.parallel.spec import parse_rollout_spec
+from mtrl.rollout import vllm_short_paths
 from mtrl.rollout.protocol import RolloutEngine, SamplingSettings
 from mtrl.rollout.vllm_engine import VllmEngine
 from tests.rollout.toys import logprob_difference, reference_logits, toy_prompts
@@ -49,12 +50,13 @@ def three_updates(engine: RolloutEngine, kind: Kind, *, tied: bool = False) -> d
 
 
 def updates_alone(folder: str) -> dict[str, Any]:
-    """World of one: every kind of model, one engine after the other."""
+    """World of one: every kind of model, one engine after the other; the only rank needs everything."""
     found: dict[str, Any] = {}
     cases: list[tuple[Kind, bool]] = [("dense", False), ("dense", True), ("moe", False), ("moe", True)]
     for kind, tied in cases:
-        engine = create(folder, kind, "vllm:d1", tied=tied)
-        found[f"{kind}{' tied' if tied else ''}"] = three_updates(engine, kind, tied=tied)
+        engine, name = create(folder, kind, "vllm:d1", tied=tied), f"{kind}{' tied' if tied else ''}"
+        found[name] = three_updates(engine, kind, tied=tied) | needed(engine)
+        found[name]["short paths"] = {} if tied else with_and_without_short_paths(engine, kind)
         engine.shutdown()
         found["distributed_survives"] = dist.is_initialized()
     return found
@@ -73,28 +75,45 @@ def updates_together(folder: str) -> dict[str, Any]:
         found[name]["segments"] = [
             entry for entry in os.listdir("/dev/shm") if "mtrl" in entry or "cpushm" in entry
         ]
-        record = engine.loader_record
-        assert record is not None
-        found[name]["elements"] = sum(int(np.prod(copy.source_region.shape)) for copy in record.copies)
-        found[name]["used"] = len(record.used_sources)
-        found[name]["boxes"] = all(
-            copy.source_region.box(record.sources[copy.source]) for copy in record.copies
-        )
+        found[name] |= needed(engine)
+        if name in ("dense", "moe"):
+            found[name]["short paths"] = with_and_without_short_paths(engine, kind)
         if name == "moe expert parallel":
             found["refusals"] = _refusals_together(engine)
         engine.shutdown()
     return found
 
 
-def record_alone(folder: str) -> dict[str, Any]:
-    """World of one: how much the only rank needs, which is everything."""
-    engine = create(folder, "moe", "vllm:d1")
-    engine.load_weights(hf_tensors(build_toy("moe", seed=1)).items(), policy_version=0)
+def needed(engine: VllmEngine) -> dict[str, Any]:
+    """How much of a checkpoint this rank needs."""
     record = engine.loader_record
     assert record is not None
     return {
         "elements": sum(int(np.prod(copy.source_region.shape)) for copy in record.copies),
         "used": len(record.used_sources),
+        "boxes": all(copy.source_region.box(record.sources[copy.source]) for copy in record.copies),
+    }
+
+
+def with_and_without_short_paths(engine: VllmEngine, kind: Kind) -> dict[str, Any]:
+    """Sampled with the short paths, then without, then with them after new weights."""
+    engine.load_weights(hf_tensors(build_toy(kind, seed=0)).items(), policy_version=10)
+    layers: dict[str, Any] = dict(engine._model.named_modules())
+    shortened = [name for name, layer in layers.items() if "forward" in vars(layer)]
+    short = _plain(sample(engine, seed=3))
+    for name in shortened:
+        del layers[name].forward
+    own = _plain(sample(engine, seed=3))
+    again = vllm_short_paths.install(engine._model)
+    engine.load_weights(hf_tensors(build_toy(kind, seed=1)).items(), policy_version=11)
+    renewed = _plain(sample(engine, seed=3))
+    for name in shortened:
+        del layers[name].forward
+    return {
+        "names": sorted({name.rpartition(".")[2] for name in shortened}),
+        "same": short == own and again == shortened,
+        "same after new weights": renewed == _plain(sample(engine, seed=3)),
+        "moved": short != renewed,
     }
 
 

@@ -64,11 +64,11 @@ def test_no_name_of_shared_memory_outlives_the_start(scenario: Scenario) -> None
 
 
 def test_ranks_of_an_engine_need_about_half_of_the_weights_each(scenario: Scenario) -> None:
-    (alone,) = scenario("record_alone", 1)
+    (alone,) = scenario("updates_alone", 1)
     for result in scenario("updates_together", 2):
         # Norms, the router and the rest that is not cut are 2 % of this toy.
-        assert 0.5 <= result["moe expert parallel"]["elements"] / alone["elements"] <= 0.52
-        assert 0.5 <= result["moe"]["elements"] / alone["elements"] <= 0.52
+        assert 0.5 <= result["moe expert parallel"]["elements"] / alone["moe"]["elements"] <= 0.52
+        assert 0.5 <= result["moe"]["elements"] / alone["moe"]["elements"] <= 0.52
 
 
 def test_what_a_rank_needs_is_boxes_of_the_checkpoint(scenario: Scenario) -> None:
@@ -77,10 +77,10 @@ def test_what_a_rank_needs_is_boxes_of_the_checkpoint(scenario: Scenario) -> Non
 
 
 def test_with_expert_parallelism_a_rank_needs_only_its_own_experts(scenario: Scenario) -> None:
-    (alone,) = scenario("record_alone", 1)
+    (alone,) = scenario("updates_alone", 1)
     for result in scenario("updates_together", 2):
         num_expert_tensors = 2 * 8 * 3
-        assert result["moe expert parallel"]["used"] == alone["used"] - num_expert_tensors // 2
+        assert result["moe expert parallel"]["used"] == alone["moe"]["used"] - num_expert_tensors // 2
 
 
 def test_ranks_asked_for_different_things_are_refused_on_all_of_them(scenario: Scenario) -> None:

@@ -1,62 +1,26 @@
 """Layers that go straight to their kernels give the bits that vLLM's own way gives."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from mtrl.rollout import vllm_short_paths
-from tests.distributed.world import World
-from tests.rollout.scenarios import PROMPTS, SAMPLING, create
-from tests.toys import Kind, build_toy, hf_tensors
+from tests.toys import Kind
 
 pytestmark = pytest.mark.vllm
 
 KINDS: tuple[Kind, ...] = ("dense", "moe")
-
-
-def both_ways(folder: str, spec: str) -> dict[str, Any]:
-    """Each kind of model, sampled with the short paths, then without, then with them after new weights."""
-    found: dict[str, Any] = {}
-    for kind in KINDS:
-        engine = create(folder, kind, spec)
-        engine.load_weights(hf_tensors(build_toy(kind, seed=0)).items(), policy_version=0)
-        layers = dict(engine._model.named_modules())
-        shortened = [name for name, layer in layers.items() if "forward" in vars(layer)]
-        short = _sampled(engine)
-        for name in shortened:
-            del layers[name].forward
-        own = _sampled(engine)
-        again = vllm_short_paths.install(engine._model)
-        engine.load_weights(hf_tensors(build_toy(kind, seed=1)).items(), policy_version=0)
-        renewed = _sampled(engine)
-        for name in shortened:
-            del layers[name].forward
-        found[kind] = {
-            "names": sorted({name.rpartition(".")[2] for name in shortened}),
-            "same": short == own and again == shortened,
-            "same after new weights": renewed == _sampled(engine),
-            "moved": short != renewed,
-        }
-        engine.shutdown()
-    return found
-
-
-def _sampled(engine: Any) -> list[Any]:
-    return [(each.tokens, each.logprobs) for each in engine.generate(PROMPTS, SAMPLING, seed=3)]
+Scenario = Callable[[str, int], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def alone(rollout_world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = str(tmp_path_factory.mktemp("short_paths"))
-    (result,) = rollout_world.run(both_ways, {"folder": folder, "spec": "vllm:d1"}, size=1, timeout_s=300)
-    return dict(result)
+def alone(scenario: Scenario) -> dict[str, Any]:
+    return {kind: scenario("updates_alone", 1)[0][kind]["short paths"] for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def together(rollout_world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = str(tmp_path_factory.mktemp("short_paths"))
-    results = rollout_world.run(both_ways, {"folder": folder, "spec": "vllm:t2"}, size=2, timeout_s=300)
-    return dict(results[0])
+def together(scenario: Scenario) -> dict[str, Any]:
+    return {kind: scenario("updates_together", 2)[0][kind]["short paths"] for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
