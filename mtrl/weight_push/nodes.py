@@ -76,9 +76,14 @@ class Traffic:
 
 
 def plan_nodes(
-    names: Sequence[str], have: Sequence[Boxes], need: Sequence[Boxes], node_of: Sequence[int]
+    names: Sequence[str],
+    have: Sequence[Boxes],
+    need: Sequence[Boxes],
+    node_of: Sequence[int],
+    *,
+    itemsize: int = 1,
 ) -> NodePlan:
-    """All ranks' transfers; arguments as `plan_transfers`, and the node of each rank.
+    """All ranks' transfers; arguments as `plan_transfers`, the node of each rank, and an element's bytes.
 
     Raises:
         WeightError: some needed element is held by no rank.
@@ -91,7 +96,8 @@ def plan_nodes(
         alike.setdefault(key, []).append(name)
         sides[key] = by_box
     tensors = [
-        Alike(names=tuple(members), have=sides[key][0], need=sides[key][1]) for key, members in alike.items()
+        Alike(names=tuple(members), have=sides[key][0], need=sides[key][1], itemsize=itemsize)
+        for key, members in alike.items()
     ]
     return plan_alike(tensors, node_of, names, range(len(have)))[0]
 

@@ -5,6 +5,7 @@ that rank, and its loader is recorded (``loader_record.py``). Nothing is communi
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def prepare() -> None:
     vllm_mends.install()
 
 
-def record_shard(folder: Path, engines: Engines, engine_rank: int, shapes: dict[str, Any]) -> LoaderRecord:
-    """The record of the loader of one rank of an engine, with the config that `VllmEngine` gives vLLM."""
+def record_shards(folder: Path, engines: Engines, shapes: dict[str, Any]) -> Iterator[LoaderRecord]:
+    """The record of the loader of each rank of an engine, with the config that `VllmEngine` gives vLLM."""
     import vllm.distributed.parallel_state as state
     from vllm import EngineArgs
     from vllm.config import set_current_vllm_config
@@ -57,22 +58,25 @@ def record_shard(folder: Path, engines: Engines, engine_rank: int, shapes: dict[
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     tp = engines.spec.tp
-    for name in ("_WORLD", "_TP", "_EP"):
-        setattr(state, name, Group(engine_rank, tp))
-    for name in ("_PP", "_DP", "_PCP", "_DCP", "_ETP", "_EPLB"):
-        setattr(state, name, Group(0, 1))
-    os.environ |= {"RANK": str(engine_rank), "WORLD_SIZE": str(tp), "LOCAL_RANK": str(engine_rank)}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(tp), "LOCAL_RANK": "0"}
     config = EngineArgs(
         model=str(folder), runner="generate", skip_tokenizer_init=True, load_format="dummy", dtype="float32",
         tensor_parallel_size=tp, distributed_executor_backend="external_launcher",
         enable_expert_parallel=engines.expert_parallel, max_model_len=64, max_num_seqs=8, enforce_eager=True,
         kv_cache_memory_bytes=16 << 20, hf_overrides=vllm_build.overrides(folder),
     ).create_engine_config()  # fmt: skip
-    with set_current_vllm_config(config), set_default_torch_dtype(torch.float32):
-        model = initialize_model(config)
-        destinations = {name: buffer for name, buffer in model.named_buffers() if buffer.is_contiguous()}
-        destinations |= {name: parameter.data for name, parameter in model.named_parameters()}
-        return record_loader(model.load_weights, shapes, destinations, torch.float32)
+    for engine_rank in range(tp):
+        for name in ("_WORLD", "_TP", "_EP"):
+            setattr(state, name, Group(engine_rank, tp))
+        for name in ("_PP", "_DP", "_PCP", "_DCP", "_ETP", "_EPLB"):
+            setattr(state, name, Group(0, 1))
+        config.parallel_config.rank = engine_rank
+        config.compilation_config.static_forward_context.clear()  # where layers write down their names
+        with set_current_vllm_config(config), set_default_torch_dtype(torch.float32):
+            model = initialize_model(config)
+            destinations = {name: buffer for name, buffer in model.named_buffers() if buffer.is_contiguous()}
+            destinations |= {name: parameter.data for name, parameter in model.named_parameters()}
+            yield record_loader(model.load_weights, shapes, destinations, torch.float32)
 
 
 def ruled_needs(config: ModelConfig, engines: Engines) -> list[Boxes]:

@@ -55,7 +55,7 @@ is the layout's, *all* that of every rollout layout of as many ranks. *peak* is 
 Per rank and per node the plan moves need minus have, exactly: the script ends if its traffic is not the score's.
 *card* is by how much the rank that sends, or receives, most across nodes is above the mean. A pipeline stage with
 more layers than others, or with the embedding, has more to send; what only one rank of a node needs, that rank has
-to receive: with no byte to spare, neither can be levelled further.
+to receive; the rest is shared out so that loads come out level.
 
 `{command}` at commit `{commit}`, {date}, {machine}; {versions}. Raw: [push_plan.json](push_plan.json).
 """  # noqa: E501
