@@ -1,4 +1,6 @@
-"""Pushes between any two layouts, nodes of any size: the plan moves need minus have, and so says the score."""
+"""Pushes between any two layouts, nodes of any size: the plan and the score move need minus have."""
+score.
+"""
 
 import functools
 
