@@ -1,6 +1,4 @@
-"""Pushes between any two layouts, nodes of any size: the plan and the score move need minus have."""
-score.
-"""
+"""Pushes between any two layouts, nodes of any size: plan and score are need minus have."""
 
 import functools
 
