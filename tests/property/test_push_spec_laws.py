@@ -76,7 +76,7 @@ def pushes(draw: st.DrawFn) -> tuple[str, ParallelSpec, Engines, int]:
     return toy, spec, draw(st.sampled_from(engines)), draw(st.integers(1, spec.world_size))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(pushes())
 def test_between_any_layouts_nodes_and_ranks_receive_need_minus_have(
     push: tuple[str, ParallelSpec, Engines, int],
