@@ -2,7 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart quickstart-control test parity torture lint format types tests clean-env
+.PHONY: help env quickstart quickstart-control test parity torture push-matrix lint format types tests clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -34,6 +34,9 @@ parity: env  ## compare every legal layout with transformers, at length (an hour
 
 torture: env  ## kill, starve and damage runs at every point, at length (two hours or so); writes docs/torture.md
 	@OMP_NUM_THREADS=1 $(PY) -m tests.torture.run_torture
+
+push-matrix: env  ## push between all layouts of a table, every family, up to eight ranks; writes docs/push_matrix.md
+	@OMP_NUM_THREADS=1 $(PY) -m tests.rollout.run_push_matrix
 
 format: env  ## let ruff put the files into format
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .

@@ -14,9 +14,9 @@ from mtrl.batch import Completion, Prompt
 from mtrl.config_engines import OptimizerSection
 from mtrl.exchange import max_over_ranks
 from mtrl.models.builder import Model, build_model
-from mtrl.models.families import family_of
+from mtrl.models.families import family_of, load_model_config
 from mtrl.models.gather import held_boxes
-from mtrl.models.hf import export_hf, initialize
+from mtrl.models.hf import export_hf, initialize, load_hf
 from mtrl.objectives import SftLoss
 from mtrl.parallel import groups
 from mtrl.parallel.agreement import gather_json
@@ -30,7 +30,8 @@ from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.trainer import Trainer
 from mtrl.weight_push.push import WeightPush
 from mtrl.weight_push.transport import TransportName
-from tests.rollout.toys import logprob_difference, toy_prompts
+from tests.family_toys import build_family_toy, save
+from tests.rollout.toys import DENSE_TOYS, ENGINE_SIZES, ENGINE_TOYS, logprob_difference, toy_prompts
 from tests.toys import build_toy, write_folder
 
 NUM_UPDATES = 3
@@ -45,6 +46,8 @@ class Case:
     actor: str
     rollout: str
     kind: str = "moe"
+    toy: str = ""
+    """One of the families' toys, in place of ``kind``."""
     tied: bool = False
     num_chunks: int = 1
     expert_parallel: bool = False
@@ -56,6 +59,7 @@ class Case:
     def name(self) -> str:
         """A short description for test names."""
         flags = [
+            *([self.toy] if self.toy else []),
             *(["dense"] if self.kind == "dense" else []),
             *(["tied"] if self.tied else []),
             *([f"vpp{self.num_chunks}"] if self.num_chunks > 1 else []),
@@ -84,6 +88,47 @@ CASES = {
 }
 
 
+def _matrix() -> dict[int, tuple[Case, ...]]:
+    """Every family from trainers of two, four and eight ranks to engines of other layouts."""
+    mixture = {
+        2: (
+            ("megatron:(attn:d2|ffn:e2)", "vllm:t2", False),
+            ("megatron:(attn:t2|ffn:t2)", "vllm:d2", False),
+            ("megatron:(attn:t2|ffn:e2)", "vllm:t2", True),
+        ),
+        4: (("megatron:(attn:p2t2|ffn:p2e2)", "vllm:d2t2", True),),
+        8: (("megatron:(attn:d2p2t2|ffn:p2e4)", "vllm:d4t2", False),),
+    }
+    dense = {
+        2: (("megatron:d2", "vllm:t2", False), ("megatron:t2", "vllm:d2", False)),
+        4: (("megatron:p2t2", "vllm:d2t2", False),),
+        8: (("megatron:d2p2t2", "vllm:d4t2", False),),
+    }
+    found: dict[int, list[Case]] = {2: [], 4: [], 8: []}
+    for toy in ENGINE_TOYS:
+        for size, rows in (dense if toy in DENSE_TOYS else mixture).items():
+            for actor, rollout, expert_parallel in rows:
+                if toy == "gpt oss":  # vLLM's CPU build slices no experts that have biases
+                    rollout, expert_parallel = f"vllm:d{size}", False
+                case = Case(actor=actor, rollout=rollout, toy=toy, expert_parallel=expert_parallel)
+                if case not in found[size]:
+                    found[size].append(case)
+    return {size: (*CASES.get(size, ()), *cases) for size, cases in found.items()}
+
+
+MATRIX = _matrix()
+
+
+def matrix(folder: str) -> dict[str, Any]:
+    """The cases of `MATRIX` for this world's size; what one met in place of its numbers."""
+    found: dict[str, Any] = {}
+    for number, case in enumerate(MATRIX[dist.get_world_size()]):
+        found[case.name] = run_case(case, Path(folder) / str(number))
+        if dist.get_rank() == 0:
+            print(case.name, flush=True)
+    return found
+
+
 def pushes(folder: str) -> dict[str, Any]:
     """Every case of this world's size, one after the other in the same processes."""
     return {case.name: run_case(case, Path(folder) / str(n)) for n, case in enumerate(_cases())}
@@ -95,13 +140,13 @@ def _cases() -> tuple[Case, ...]:
 
 def open_case(case: Case, folder: Path) -> tuple[Model, Trainer, VllmEngine, WeightPush]:
     """Trainer, engine and push of a case. Collective over WORLD."""
-    config = _config_folder(case, folder)
+    config = _family_folder(case, folder) if case.toy else _config_folder(case, folder)
     parallel = groups.create(
         RankLayout.from_spec(parse_training_spec(case.actor)), virtual_pipeline_size=case.num_chunks
     )
     groups.seed_everything(1, parallel)
     model = build_model(config, parallel, num_chunks=case.num_chunks)
-    initialize(model, seed=3)
+    load_hf(model, folder) if case.toy else initialize(model, seed=3)
     trainer = Trainer(model, OptimizerSection(lr=0.02, beta2=0.99), temperature=case.temperature)
     trainer.start_phase(total_steps=NUM_UPDATES, lr=0.02, warmup_steps=0)
     engine = VllmEngine.create(
@@ -179,7 +224,9 @@ def _largest_difference(batch: list[Microbatch], left: list[Tensor], right: list
 def _transformers_difference(case: Case, folder: Path, completions: list[Completion]) -> float:
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     prompts: list[Prompt] = list(PROMPTS)
     return logprob_difference(reference, prompts, completions, temperature=case.temperature)
 
@@ -194,6 +241,14 @@ def _config_folder(case: Case, folder: Path) -> Any:
     dist.barrier()
     hf_config = json.loads((folder / "config.json").read_text())
     return family_of(hf_config).read_config(hf_config)
+
+
+def _family_folder(case: Case, folder: Path) -> Any:
+    """Write a family's toy, in sizes that vLLM's kernels for CPUs take."""
+    if dist.get_rank() == 0:
+        save(build_family_toy(case.toy, seed=2, **{**ENGINE_SIZES, **ENGINE_TOYS[case.toy]}), folder)
+    dist.barrier()
+    return load_model_config(folder)
 
 
 def _num_lacking(model: Model, engine: VllmEngine) -> int:

@@ -12,17 +12,14 @@ import torch.distributed as dist
 from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy, save
-from tests.rollout.test_family_push import TOYS
+from tests.rollout.toys import ENGINE_SIZES
+from tests.rollout.toys import ENGINE_TOYS as TOYS
 
 pytestmark = pytest.mark.vllm
 
 # What trains with its experts apart samples sliced, and the other way round.
 LAYOUTS = (("megatron:(attn:d2|ffn:e2)", "vllm:t2"), ("megatron:(attn:t2|ffn:t2)", "vllm:d2"))
 DENSE = (("megatron:d2", "vllm:t2"), ("megatron:t2", "vllm:d2"))
-SIZES = {
-    "vocab_size": 250, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 512,
-}  # fmt: skip
 
 
 def push_each(folder: str, toys: list[str]) -> dict[str, Any]:
@@ -32,7 +29,7 @@ def push_each(folder: str, toys: list[str]) -> dict[str, Any]:
         for number in range(2):
             path = Path(folder) / f"{toy} {number}"
             if dist.get_rank() == 0:
-                save(build_family_toy(toy, seed=2, **{**SIZES, **TOYS[toy]}), path)
+                save(build_family_toy(toy, seed=2, **{**ENGINE_SIZES, **TOYS[toy]}), path)
             dist.barrier()
             found[f"{toy} {number}"] = push_and_load(path, number)
     return found

@@ -1,7 +1,6 @@
 """Every family that the engine can hold says what transformers says, before and after new weights."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,31 +9,12 @@ from mtrl.parallel.spec import parse_rollout_spec
 from mtrl.rollout.protocol import SamplingSettings
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy, published, save
-from tests.rollout.toys import logprob_difference, toy_prompts
+from tests.rollout.toys import ENGINE_SIZES, logprob_difference, toy_prompts
+from tests.rollout.toys import ENGINE_TOYS as TOYS
 
 pytestmark = pytest.mark.vllm
 
 LOGPROB_TOLERANCE = 1e-5  # float32; the largest seen is 3.9e-6
-_LATENT = {
-    # The one shape of latent attention that vLLM's kernel for CPUs has.
-    "num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
-    "v_head_dim": 32, "head_dim": 64,
-}  # fmt: skip
-_YARN = {
-    "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 128,
-    "beta_fast": 32.0, "beta_slow": 1.0,
-}  # fmt: skip
-TOYS: dict[str, dict[str, Any]] = {
-    "llama tied": {},
-    "qwen2": {},
-    "qwen2 moe": {"mlp_only_layers": []},
-    "mixtral": {},
-    "olmoe": {},
-    "glm4 moe": {},
-    "gpt oss": {"rope_parameters": {**_YARN, "truncate": False}},
-    "moonlight": _LATENT,
-    "deepseek v3": {**_LATENT, "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
-}
 
 
 def load_each_twice(folder: str) -> dict[str, list[float]]:
@@ -45,11 +25,7 @@ def load_each_twice(folder: str) -> dict[str, list[float]]:
 def load_twice(toy: str, folder: Path) -> list[float]:
     from mtrl.rollout.vllm_engine import VllmEngine
 
-    sizes = {
-        "vocab_size": 250, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 512,
-    }  # fmt: skip
-    model = build_family_toy(toy, seed=2, **{**sizes, **TOYS[toy]})
+    model = build_family_toy(toy, seed=2, **{**ENGINE_SIZES, **TOYS[toy]})
     save(model, folder)
     engine = VllmEngine.create(
         folder, parse_rollout_spec("vllm:d1"), max_model_len=200, max_num_seqs=16, dtype="float32", seed=0,
