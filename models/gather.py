@@ -149,7 +149,11 @@ class TensorGather:
 
 def held_boxes(weight_map: WeightMap) -> list[Boxes]:
     """Per rank of the layout, the boxes it holds of each Hugging Face tensor."""
-    return [owned_boxes(weight_map.of_rank(rank).pieces) for rank in range(weight_map.layout.world_size)]
+    if "held_boxes" not in weight_map.memo:
+        weight_map.memo["held_boxes"] = [
+            owned_boxes(weight_map.of_rank(rank).pieces) for rank in range(weight_map.layout.world_size)
+        ]
+    return list(weight_map.memo["held_boxes"])
 
 
 def _in_turn(wanted: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -7,6 +7,7 @@ push read it and never look at parameter names themselves.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mtrl.models.boxes import Box, Padding, Piece, Place, Range, View
 from mtrl.models.config import ModelConfig
@@ -74,7 +75,8 @@ class WeightMap:
     stages: Stages
     places: Places
     format_number: int = 0
-    _cache: dict[int, RankWeights] = field(default_factory=dict, repr=False, compare=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What follows from the map and is computed once, here and by others."""
 
     @property
     def table(self) -> tuple[Weight, ...]:
@@ -87,7 +89,7 @@ class WeightMap:
     def formats(self) -> "Iterator[WeightMap]":
         """The same weights in every format the family reads, the published one first."""
         for number in range(1 + len(family_named(self.config.family).other_formats(self.config))):
-            yield replace(self, format_number=number, _cache={})
+            yield replace(self, format_number=number, memo={})
 
     def in_format_of(self, names: Collection[str]) -> "WeightMap":
         """The map of the format that has most of a source's names; the published one where several tie."""
@@ -95,17 +97,21 @@ class WeightMap:
 
     def of_rank(self, rank: int) -> RankWeights:
         """The pieces and padding of one rank."""
-        if rank not in self._cache:
+        key = ("of_rank", rank)
+        if key not in self.memo:
             entries = tuple(self._entries(self.layout.coordinates(rank)))
-            self._cache[rank] = RankWeights(
+            self.memo[key] = RankWeights(
                 pieces=tuple(entry for entry in entries if isinstance(entry, Piece)),
                 paddings=tuple(entry for entry in entries if isinstance(entry, Padding)),
             )
-        return self._cache[rank]
+        found: RankWeights = self.memo[key]
+        return found
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the Hugging Face checkpoint, in the table's order."""
-        return {view.name: view.shape for _, view in self._hf_views()}
+        if "hf_shapes" not in self.memo:
+            self.memo["hf_shapes"] = {view.name: view.shape for _, view in self._hf_views()}
+        return dict(self.memo["hf_shapes"])
 
     def hf_dtypes(self) -> dict[str, str]:
         """The tensors that have one dtype whatever the others are written in."""
