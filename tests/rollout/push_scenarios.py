@@ -1,7 +1,10 @@
 """What ranks run for the tests of the push: train layouts against engine layouts, three updates each."""
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +159,7 @@ def open_case(case: Case, folder: Path) -> tuple[Model, Trainer, VllmEngine, Wei
     # Several rounds share a bucket.
     push = WeightPush(
         model, engine, torch.float32, bucket_bytes=1 << 15, transport=case.transport,
-        num_verified=NUM_UPDATES, node_of=list(case.nodes) or None,
+        num_verified=NUM_UPDATES - 1, node_of=list(case.nodes) or None,
     )  # fmt: skip
     return model, trainer, engine, push
 
@@ -194,7 +197,8 @@ def _update(
     sampling = SamplingSettings(
         temperature=case.temperature, top_p=1.0, max_new_tokens=8, num_samples=2, stop_token_ids=()
     )
-    received = push.run(policy_version=version)
+    with counted_calls() as calls:
+        received = push.run(policy_version=version)
     completions = sample_on_all(engine, PROMPTS, sampling, seed=5)
     samples = to_samples(PROMPTS, completions, [0.0] * len(completions))
     batch = make_microbatches(samples, model, max_tokens=200, pad_token_id=0)
@@ -209,7 +213,20 @@ def _update(
         "versions": sorted({each.policy_version for each in completions}),
         "tokens": [list(each.tokens) for each in completions],
         "received": received,
+        "calls": calls.total(),
     }
+
+
+@contextmanager
+def counted_calls() -> Iterator[Counter[str]]:
+    """How many functions Python calls inside, its own and built-in ones."""
+    calls: Counter[str] = Counter()
+    sys.setprofile(lambda frame, event, argument: calls.update((event,)))
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+        calls.pop("return", 0), calls.pop("c_return", 0), calls.pop("c_exception", 0)
 
 
 def _largest_difference(batch: list[Microbatch], left: list[Tensor], right: list[Tensor]) -> float:
