@@ -1,0 +1,88 @@
+"""What of mtrl each package turns on: the other half of capability_table.py. Pure; imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mtrl.parallel.capability_table import Hardware, PackageName
+
+FeatureName = Literal[
+    "train", "rollout", "fused_adam", "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
+    "hybridep", "wgrad_fusion", "fp8_rollout",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feature:
+    """Something of mtrl: ``any_of`` are alternatives, ``symbols`` are asked for besides the package's own."""
+
+    name: FeatureName
+    what: str
+    any_of: tuple[PackageName, ...]
+    hardware: Hardware | None = None
+    symbols: tuple[str, ...] = ()
+    built: bool = True
+
+
+FEATURES: tuple[Feature, ...] = (
+    Feature(name="train", what="SFT and the trainer's half of GRPO", any_of=("megatron-core",)),
+    Feature(name="rollout", what="GRPO with vLLM", any_of=("vllm",)),
+    Feature(name="fused_adam", what="Adam in one kernel", any_of=("transformer-engine", "apex")),
+    Feature(
+        name="transformer_engine",
+        what="model.backend: transformer_engine",
+        any_of=("transformer-engine",),
+        built=False,
+    ),
+    Feature(
+        name="fp8_delayed",
+        what="FP8 training with delayed scales",
+        any_of=("transformer-engine",),
+        hardware=Hardware(
+            sm=((8, 9),),
+            or_newer=True,
+            cuda=(12, 1),
+            source="check_fp8_support in transformer_engine/pytorch/fp8.py",
+        ),
+        built=False,
+    ),
+    Feature(
+        name="fp8_blockwise",
+        what="FP8 training in blocks, as DeepSeek-V3",
+        any_of=("transformer-engine",),
+        hardware=Hardware(
+            sm=((9, 0),),
+            or_newer=True,
+            cuda=(12, 9),
+            source="Transformer Engine: check_fp8_block_scaling_support",
+        ),
+        symbols=("transformer_engine.common.recipe:Float8BlockScaling",),
+        built=False,
+    ),
+    Feature(
+        name="mxfp8",
+        what="FP8 training in blocks of 32",
+        any_of=("transformer-engine",),
+        hardware=Hardware(
+            sm=((10, 0),), or_newer=True, cuda=(12, 8), source="Transformer Engine's installation guide"
+        ),
+        symbols=("transformer_engine.common.recipe:MXFP8BlockScaling",),
+        built=False,
+    ),
+    Feature(name="deepep", what="moe.dispatcher: deepep", any_of=("deep_ep",), built=False),
+    Feature(
+        name="hybridep",
+        what="moe.dispatcher: hybridep",
+        any_of=("deep_ep",),
+        symbols=("deep_ep:HybridEPBuffer",),
+        built=False,
+    ),
+    Feature(
+        name="wgrad_fusion",
+        what="weight gradients added in fp32 by the product itself",
+        any_of=("apex",),
+        symbols=("fused_weight_gradient_mlp_cuda:wgrad_gemm_accum_fp32",),
+        built=False,
+    ),
+    Feature(name="fp8_rollout", what="engines with FP8 weights", any_of=("vllm",), built=False),
+)
+"""``fp8`` in a requirement stands for any of the three fp8 features (capabilities.py)."""
