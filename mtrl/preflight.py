@@ -186,6 +186,13 @@ def _check_engine_fits(model: ModelConfig, rollout: RolloutSpec) -> None:
             f"rollout.backend: t{tp} does not divide {heads} attention heads and {kv_heads} KV heads; write "
             f"vllm:d{world_size // fits}t{fits}"
         )
+    if model.family in ("qwen2", "qwen2_moe") and model.head_dim * heads != model.hidden_size:
+        # vllm 0.32, models/qwen2.py and qwen2_moe.py: its loader then reads a part of each projection.
+        raise ModelError(
+            f"config.json: head_dim {model.head_dim}, but for that of every {model.family} model vLLM takes "
+            f"hidden_size / num_attention_heads = {model.hidden_size // heads} and would read a part of its "
+            "attention weights; such a model can be trained by sft only"
+        )
 
 
 def _check_lengths(job: Job) -> None:

@@ -55,3 +55,13 @@ def test_a_missing_expert_of_an_fp8_folder_is_named() -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(WeightError, match=rf"missing: {gone} \(48, 64\)"):
         prepared(*SETTINGS, name="sft")
+
+
+def test_a_head_size_that_the_engine_would_not_read_is_refused() -> None:
+    sizes = {key: value for key, value in MODEL.items() if key not in ("architectures", "model_type")}
+    config = transformers.Qwen2Config(**{**sizes, "head_dim": 2 * sizes["hidden_size"] // 4})
+    transformers.Qwen2ForCausalLM(config).save_pretrained("given")
+    dense = (*SETTINGS, "actor.backend=megatron:d2")
+    assert prepared(*dense, name="sft").model.head_dim == config.head_dim
+    with pytest.raises(ModelError, match=r"vLLM takes hidden_size / num_attention_heads = \d+ .*sft only"):
+        prepared(*dense, name="grpo")
