@@ -154,5 +154,6 @@ def block_linear(
     share blocks in the weight's gradient, so experts are called one by one.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y_TO: torch.Tensor = _BlockLinear.apply(flat, weight_OK, gradients)
+    apply: Any = _BlockLinear.apply  # torch gives it no types
+    y_TO: torch.Tensor = apply(flat, weight_OK, gradients)
     return y_TO.view(*x.shape[:-1], weight_OK.shape[0])
