@@ -149,7 +149,7 @@ PACKAGES: tuple[Package, ...] = (
                 None,
             ),
         ),
-        install="pip install --no-build-isolation 'transformer_engine[pytorch]'",
+        install="pip install --no-build-isolation 'transformer_engine[core_cu13,pytorch]'",
     ),
     Package(
         name="apex",
@@ -359,6 +359,6 @@ PACKAGES: tuple[Package, ...] = (
                 None,
             ),
         ),
-        install="pip install nvshmem4py-cu12 (bindings); nvidia-nvshmem-cu12 is the library alone",
+        install="pip install nvshmem4py-cu13 (bindings); torch brings nvidia-nvshmem-cu13, the library alone",
     ),
 )

@@ -211,3 +211,9 @@ def test_hardware_that_does_not_suit_is_named_with_both_numbers(
 def test_an_unknown_name_is_an_error_with_the_closest(found: Survey) -> None:
     with pytest.raises(ConfigError, match="'depep' is no feature or package; did you mean deepep"):
         found.obstacle("depep")
+
+
+def test_the_page_on_installing_names_every_package_and_its_way_in() -> None:
+    page = (ROOT / "docs/install.md").read_text()
+    rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
+    assert {package.name for package in PACKAGES} <= rows
