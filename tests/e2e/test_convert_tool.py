@@ -122,6 +122,7 @@ def test_control_c_ends_it_with_one_line(model: Path, tmp_path: Path) -> None:
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from mtrl.tools.convert_checkpoint import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
 fsync = os.fsync
 def interrupt(descriptor):
     os.fsync = fsync
