@@ -174,25 +174,35 @@ def choose(name: TransportName, device: torch.device) -> Transport:
 
 def _have_memory_in_common() -> bool:
     """Whether each rank can read what the others put into theirs; the same answer on all."""
-    token = secrets.token_bytes(16)
-    own = -1
+    token, own = secrets.token_bytes(16), -1
     if _HAS_SHARED_FILES:
         own = os.memfd_create("mtrl-probe", os.MFD_CLOEXEC)
         os.write(own, token)
-    everyones = gather_json([os.getpid(), own, token.hex()])
+    place = _place_of_processes()
+    everyones = gather_json([place, os.getpid(), own, token.hex()])
     try:
-        reads = all(_can_read(*each) for each in everyones)
+        # Elsewhere a process id means another process, whose files are nobody's business and may block.
+        reads = all(each[0] == place for each in everyones) and all(
+            _can_read(*each[1:]) for each in everyones
+        )
         return all(gather_json(reads))
     finally:
         if own >= 0:
             os.close(own)
 
 
+def _place_of_processes() -> list[str]:
+    """Where process ids mean the same: the running kernel, and the namespace in it."""
+    if not _HAS_SHARED_FILES:
+        return [secrets.token_hex(8)]
+    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+
+
 def _can_read(pid: int, number: int, token: str) -> bool:
     try:
         with open(f"/proc/{pid}/fd/{number}", "rb") as file:
             return file.read().hex() == token
-    except OSError:  # another machine, container or user
+    except OSError:  # of another user, or with another view of /proc
         return False
 
 
