@@ -154,6 +154,39 @@ def test_a_package_that_breaks_says_how_and_takes_nobody_down(
     assert result.package("torch").loads
 
 
+def test_deepep_that_megatron_would_pass_over_in_silence_says_which_symbol_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version_2 = {
+        "__init__.py": "class Buffer: pass\nclass ElasticBuffer: pass\n",
+        "buffers/elastic.py": "",
+        "utils/__init__.py": "",
+    }
+    package_at(tmp_path, "deep_ep", version_2)
+    monkeypatch.setattr(capabilities, "hardware_obstacle", lambda hardware, machine: "")
+    found = survey_beside(tmp_path, monkeypatch)
+    report = found.package("deep_ep")
+    assert report.real and report.loads
+    assert report.reason.startswith("lacks what is imported of it: deep_ep.utils.EventHandle")
+    assert found.obstacle("deepep") == f"deep_ep: {report.reason}"
+
+
+def test_a_symbol_that_only_one_feature_needs_stands_in_the_way_of_that_feature_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version_1 = {
+        "__init__.py": "class Buffer: pass\n",
+        "buffer.py": "",
+        "utils.py": "class EventHandle: pass\nclass EventOverlap: pass\n",
+    }
+    package_at(tmp_path, "deep_ep", version_1)
+    monkeypatch.setattr(capabilities, "hardware_obstacle", lambda hardware, machine: "")
+    found = survey_beside(tmp_path, monkeypatch)
+    assert found.package("deep_ep").usable
+    assert found.obstacle("hybridep") == "deep_ep has no deep_ep.HybridEPBuffer"
+    assert found.obstacle("deepep") == "mtrl has it not yet"
+
+
 def test_a_package_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package_at(
         tmp_path,

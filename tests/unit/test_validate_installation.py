@@ -7,6 +7,8 @@ import pytest
 from mtrl.tools import group_check
 from mtrl.tools.validate_installation import main
 
+pytestmark = pytest.mark.one_stack
+
 
 def test_it_ends_with_0_on_a_machine_that_lacks_only_what_nobody_asked_for(
     capsys: pytest.CaptureFixture[str],
