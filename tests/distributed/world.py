@@ -19,6 +19,7 @@ traceback. A function imports vLLM itself: it starts threads, which a fork would
 import contextlib
 import errno
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -166,6 +167,9 @@ def _serve(preload: list[str]) -> None:
     for module in preload:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(module)
+    # What is imported stays: ranks need not walk it, nor get copies of its pages, at each collection.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         port = _free_port()
