@@ -1,6 +1,6 @@
 """A run that was stopped and resumed is the run that never stopped: bit by bit, or under another layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.checkpoint_runs import digest, load, open_run, own_tensors, restore, resume, save, step
+from tests.distributed.selected import selected
 from tests.distributed.toy_runs import each_case, write_toys
 from tests.distributed.world import World
 
@@ -42,23 +43,27 @@ TOY = "moe tied"
 # Without masters: the distributed optimizer, Megatron's plain one, a virtual pipeline, all axes at once.
 IN_FLOAT32 = [f"{LAYOUTS[number]} fp32" for number in (1, 2, 3, 7)]
 NAMES = [*(f"{layout} bf16" for layout in LAYOUTS), *IN_FLOAT32]
+ON_BOTH_STACKS = (NAMES[1], NAMES[3], IN_FLOAT32[1])
 OPENED = [name for name in NAMES if name.endswith("bf16") or name in (IN_FLOAT32[0], IN_FLOAT32[-1])]
 
 
-def rows_of(size: int) -> list[list[Any]]:
-    """The layouts of a world size, as a rank's function takes them."""
+def rows_of(layouts: Sequence[Layout], size: int) -> list[list[Any]]:
+    """Those of a world size, as a rank's function takes them."""
     return [
-        [each.spec, each.num_chunks, each.distributed, str(each)] for each in LAYOUTS if each.size == size
+        [each.spec, each.num_chunks, each.distributed, str(each)] for each in layouts if each.size == size
     ]
 
 
-def on_all_ranks(world: World, function: Callable[..., object], **arguments: object) -> list[dict[str, Any]]:
+def on_all_ranks(
+    world: World, function: Callable[..., object], layouts: Sequence[Layout], **arguments: object
+) -> list[dict[str, Any]]:
     """What each rank of each world size found."""
-    sizes = sorted({layout.size for layout in LAYOUTS})
     return [
         rank
-        for size in sizes
-        for rank in world.run(function, {**arguments, "layouts": rows_of(size)}, size=size, timeout_s=300.0)
+        for size in sorted({layout.size for layout in layouts})
+        for rank in world.run(
+            function, {**arguments, "layouts": rows_of(layouts, size)}, size=size, timeout_s=300.0
+        )
     ]
 
 
@@ -94,13 +99,20 @@ def train_and_save(folder: str, names: list[str], layouts: list[list[Any]]) -> d
 
 
 @pytest.fixture(scope="module")
-def saved(world: World, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What every rank found, by layout and precision; the checkpoints are in ``folder``."""
-    ranks = on_all_ranks(world, train_and_save, folder=str(folder), names=NAMES)
-    return {name: [rank[name] for rank in ranks if name in rank] for name in NAMES}
+def saved(request: pytest.FixtureRequest, world: World, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What every rank found, by layout and precision, of those asked for; the checkpoints stay."""
+    opened = OPENED if selected(request, "source") else []
+    names = list(dict.fromkeys([*selected(request, "name"), *opened]))
+    layouts = [each for each in LAYOUTS if {f"{each} fp32", f"{each} bf16"} & set(names)]
+    ranks = on_all_ranks(world, train_and_save, layouts, folder=str(folder), names=names)
+    return {name: [rank[name] for rank in ranks if name in rank] for name in names}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def marked(name: str) -> Any:
+    return pytest.param(name, marks=[] if name in ON_BOTH_STACKS else pytest.mark.one_stack)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in NAMES])
 def test_a_resumed_run_is_the_one_that_never_stopped(
     saved: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
@@ -132,7 +144,7 @@ def reshard(folder: str, names: list[str], layouts: list[list[Any]]) -> dict[str
 def resharded(world: World, folder: Path, saved: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What differs, by checkpoint and layout."""
     found: dict[str, Any] = {}
-    for rank in on_all_ranks(world, reshard, folder=str(folder), names=OPENED):
+    for rank in on_all_ranks(world, reshard, LAYOUTS, folder=str(folder), names=OPENED):
         for name, after in rank.items():
             before = saved[name.split(" as ")[0]][0]["digest"]
             found[name] = [key for key in before if before[key] != after.get(key)]

@@ -63,7 +63,7 @@ def marked(pair: Pair) -> Any:
     return pytest.param(pair, marks=[] if pair in BOTH_STACKS else pytest.mark.one_stack)
 
 
-@pytest.mark.parametrize("pair", map(marked, SUITE), ids=str)
+@pytest.mark.parametrize("pair", [marked(pair) for pair in SUITE], ids=str)
 def test_a_layout_gives_the_numbers_of_transformers(measured: Measured, pair: Pair) -> None:
     errors = measured(pair)
     print(f"{pair}: {errors}")

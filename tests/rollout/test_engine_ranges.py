@@ -10,7 +10,7 @@ from mtrl.parallel.spec import RolloutSpec
 from tests.distributed.world import World
 from tests.rollout import shard_records
 from tests.rollout.shard_records import engine_needs
-from tests.rollout.test_family_push import TOYS as LATENT
+from tests.rollout.toys import ENGINE_TOYS as LATENT
 from tests.unit.test_family_configs import written
 
 pytestmark = pytest.mark.vllm
