@@ -13,6 +13,7 @@ import torch
 from mtrl.parallel.megatron_ready import MEGATRON_0_19
 from mtrl.parallel.spec import parse_training_spec
 from tests.distributed.router_runs import Found, open_trainer, router_section, whole_weights
+from tests.distributed.selected import selected
 from tests.distributed.toy_runs import batch, microbatches
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy, save
@@ -105,16 +106,23 @@ def build(groups: Any, path: Path, way: list[Any]) -> tuple[Any, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(world: World, toys: Path) -> dict[str, Any]:
+def trained(request: pytest.FixtureRequest, world: World, toys: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for size in (1, 2):
-        chosen = [spec for spec in LAYOUTS if parse_training_spec(spec).world_size == size]
+    specs = selected(request, "spec")
+    for size in sorted({parse_training_spec(spec).world_size for spec in specs}):
+        chosen = [spec for spec in specs if parse_training_spec(spec).world_size == size]
         arguments = {"folder": str(toys), "specs": chosen}
         found |= world.run(train, arguments, size=size, timeout_s=400.0)[0]
     return found
 
 
-CASES = [(spec, toy, way) for spec in LAYOUTS for toy in TOYS for way in ways_of(toy, spec) if way != "none"]
+CASES = [
+    pytest.param(spec, toy, way, marks=[pytest.mark.one_stack] if spec != LAYOUTS[0] else [])
+    for spec in LAYOUTS
+    for toy in TOYS
+    for way in ways_of(toy, spec)
+    if way != "none"
+]
 
 
 @pytest.mark.parametrize(("spec", "toy", "way"), CASES)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mtrl.parallel.errors import LostRanksError, MtrlError, RolloutError
+from mtrl.probe import Probe
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.weight_push.copies import Copies
@@ -33,7 +34,7 @@ def failing_pushes(folder: str) -> dict[str, Any]:
     """Per failure: the error, and whether the engine refused to sample after it and sampled after the
     next.
     """
-    _, _, engine, push = open_case(CASE, Path(folder))
+    _, trainer, engine, push = open_case(CASE, Path(folder))
     rank, found = dist.get_rank(), {}
 
     def try_out(name: str, action: Callable[[], object]) -> None:
@@ -75,6 +76,22 @@ def failing_pushes(folder: str) -> dict[str, Any]:
 
         engine.update(write, policy_version=2, check=push._check)
 
+    probe = Probe(
+        engine=engine, trainer=trainer, prompts=PROMPTS, max_k3_kl=1e-6, temperature=1.0, max_tokens=200,
+        pad_token_id=0,
+    )  # fmt: skip
+
+    def with_another_weight() -> None:
+        engine.update(lambda: engine.destinations["model.norm.weight"].mul_(1.5), policy_version=2)
+        try:
+            probe.run()
+        except MtrlError:
+            engine._policy_version = None  # as the run would end
+            raise
+
+    push.run(policy_version=1)
+    probe.run()
+    try_out("another weight", with_another_weight)
     try_out("a copy fails", with_a_bad_copy)
     try_out("versions differ", lambda: push.run(policy_version=2 + rank))
     try_out("a parameter has moved", after_a_move)

@@ -13,6 +13,7 @@ from tests.rollout.failure_scenarios import dying_push, failing_pushes
 pytestmark = pytest.mark.vllm
 
 ERRORS = {
+    "another weight": "MismatchError: after a push, k3_kl between sampler and trainer is .* on 4 prompts",
     "a copy fails": "a copy of the push failed",
     "versions differ": r"RolloutError: ranks have different policy versions: \[2, 3\]",
     "a parameter has moved": "is not where it was when the push was planned",
