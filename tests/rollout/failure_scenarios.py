@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mtrl.probe import Probe
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.weight_push.copies import Copies
+from mtrl.weight_push.push import WeightPush
 from mtrl.weight_push.transport import Wire
 from tests.rollout.push_scenarios import PROMPTS, Case, open_case
 
@@ -30,72 +31,82 @@ def refuses_to_sample(engine: VllmEngine) -> bool:
     return False
 
 
+@dataclass(slots=True)
+class Ways:
+    """Ways in which a push can fail, on an engine that holds whole weights."""
+
+    engine: VllmEngine
+    push: WeightPush
+    probe: Probe
+
+    def with_another_weight(self) -> None:
+        norm = self.engine.destinations["model.norm.weight"]
+        self.engine.update(lambda: norm.mul_(1.5), policy_version=2)
+        try:
+            self.probe.run()
+        except MtrlError:
+            self.engine._policy_version = None  # as the run would end
+            raise
+
+    def with_a_bad_copy(self) -> None:
+        first = self.push._rounds[0]
+        good, bad = first.outgoing, Copies([torch.zeros(2)], [torch.zeros(3)])
+        first.outgoing = bad if dist.get_rank() == 1 else good
+        try:
+            self.push.run(policy_version=2)
+        finally:
+            first.outgoing = good
+
+    def with_other_versions(self) -> None:
+        self.push.run(policy_version=2 + dist.get_rank())
+
+    def after_a_move(self) -> None:
+        owner, name = self.engine.live_parameters()[0]
+        data = owner[name].data
+        owner[name].data = data.clone() if dist.get_rank() == 0 else data
+        self.push._spot = 0
+        self.push._storage.insert(0, (owner, name, data.data_ptr()))
+        try:
+            self.push.run(policy_version=2)
+        finally:
+            owner[name].data = data
+            self.push._storage.pop(0)
+
+    def with_a_wrong_bit(self) -> None:
+        weights = self.engine.destinations.items()
+        (down,) = (tensor for name, tensor in weights if "layers.1." in name and "w2_weight" in name)
+
+        def write() -> None:
+            self.push._write()
+            down.view(torch.int32)[0, 3, 5] ^= int(dist.get_rank() == 1)
+
+        self.engine.update(write, policy_version=2, check=self.push._check)
+
+
 def failing_pushes(folder: str) -> dict[str, Any]:
     """Per failure: the error, and whether the engine refused to sample after it and sampled after the
     next.
     """
     _, trainer, engine, push = open_case(CASE, Path(folder))
-    rank, found = dist.get_rank(), {}
-
-    def try_out(name: str, action: Callable[[], object]) -> None:
-        error = ""
-        try:
-            action()
-        except MtrlError as caught:
-            error = f"{type(caught).__name__}: {caught}"
-        refused = refuses_to_sample(engine)
-        push.run(policy_version=1)
-        found[name] = {"error": error, "refused": refused, "recovers": not refuses_to_sample(engine)}
-
-    def with_a_bad_copy() -> None:
-        good, bad = push._rounds[0].outgoing, Copies([torch.zeros(2)], [torch.zeros(3)])
-        push._rounds[0].outgoing = bad if rank == 1 else good
-        try:
-            push.run(policy_version=2)
-        finally:
-            push._rounds[0].outgoing = good
-
-    def after_a_move() -> None:
-        owner, name = engine.live_parameters()[0]
-        data = owner[name].data
-        owner[name].data = data.clone() if rank == 0 else data
-        push._spot = 0
-        push._storage.insert(0, (owner, name, data.data_ptr()))
-        try:
-            push.run(policy_version=2)
-        finally:
-            owner[name].data = data
-            push._storage.pop(0)
-
-    def with_a_wrong_bit() -> None:
-        def write() -> None:
-            push._write()
-            if rank == 1:
-                (down,) = (t for n, t in engine.destinations.items() if "layers.1." in n and "w2_weight" in n)
-                down.view(torch.int32)[0, 3, 5] ^= 1
-
-        engine.update(write, policy_version=2, check=push._check)
-
     probe = Probe(
         engine=engine, trainer=trainer, prompts=PROMPTS, max_k3_kl=1e-6, temperature=1.0, max_tokens=200,
         pad_token_id=0,
     )  # fmt: skip
-
-    def with_another_weight() -> None:
-        engine.update(lambda: engine.destinations["model.norm.weight"].mul_(1.5), policy_version=2)
-        try:
-            probe.run()
-        except MtrlError:
-            engine._policy_version = None  # as the run would end
-            raise
-
     push.run(policy_version=1)
     probe.run()
-    try_out("another weight", with_another_weight)
-    try_out("a copy fails", with_a_bad_copy)
-    try_out("versions differ", lambda: push.run(policy_version=2 + rank))
-    try_out("a parameter has moved", after_a_move)
-    try_out("a wrong bit", with_a_wrong_bit)
+    ways, found = Ways(engine, push, probe), {}
+    for way in (
+        ways.with_another_weight, ways.with_a_bad_copy, ways.with_other_versions, ways.after_a_move,
+        ways.with_a_wrong_bit,
+    ):  # fmt: skip
+        error = ""
+        try:
+            way()
+        except MtrlError as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        refused = refuses_to_sample(engine)
+        push.run(policy_version=1)
+        found[way.__name__] = {"error": error, "refused": refused, "recovers": not refuses_to_sample(engine)}
     engine.shutdown()
     try:
         push.run(policy_version=3)

@@ -13,11 +13,11 @@ from tests.rollout.failure_scenarios import dying_push, failing_pushes
 pytestmark = pytest.mark.vllm
 
 ERRORS = {
-    "another weight": "MismatchError: after a push, k3_kl between sampler and trainer is .* on 4 prompts",
-    "a copy fails": "a copy of the push failed",
-    "versions differ": r"RolloutError: ranks have different policy versions: \[2, 3\]",
-    "a parameter has moved": "is not where it was when the push was planned",
-    "a wrong bit": "WeightError: after the push the engine does not hold the trainer's weights: .*down_proj",
+    "with_another_weight": "MismatchError: after a push, k3_kl between sampler and trainer is .* 4 prompts",
+    "with_a_bad_copy": "a copy of the push failed",
+    "with_other_versions": r"RolloutError: ranks have different policy versions: \[2, 3\]",
+    "after_a_move": "is not where it was when the push was planned",
+    "with_a_wrong_bit": "WeightError: .* engine does not hold the trainer's weights: .*down_proj",
 }
 
 
