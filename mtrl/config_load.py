@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
@@ -153,6 +153,8 @@ def _convert(key: str, value: object, hint: Any, origins: Origins) -> object:
     below = section_of(hint)
     if below is not None and isinstance(value, Mapping):
         return _build(below, value, origins)
+    if value is False and get_origin(hint) is Literal and "off" in get_args(hint):
+        value = "off"  # which YAML reads as a bool
     try:
         check_value(key, value, hint)
     except ConfigError as error:

@@ -184,14 +184,15 @@ def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
 
 
 def _probe(job: Job, sampling: Sampling, trainer: Trainer) -> Probe:
-    algorithm, longest = job.config.algorithm, job.max_model_len - NUM_TOKENS
-    prompts = [each for each in (*job.eval_prompts, *job.train_prompts) if len(each.tokens) <= longest]
+    algorithm, rollout = job.config.algorithm, job.config.rollout
+    prompts = (*job.eval_prompts, *job.train_prompts)[:NUM_PROMPTS]
     return Probe(
         engine=sampling.engine,
         trainer=trainer,
-        prompts=[replace(each, prompt_id=n) for n, each in enumerate(prompts[:NUM_PROMPTS])],
+        prompts=[replace(each, prompt_id=number) for number, each in enumerate(prompts)],
+        num_tokens=min(NUM_TOKENS, rollout.max_new_tokens),
         max_k3_kl=algorithm.max_k3_kl,
-        temperature=job.config.rollout.temperature,
+        temperature=rollout.temperature,
         max_tokens=algorithm.max_tokens_per_microbatch,
         pad_token_id=job.pad_token_id,
     )

@@ -22,12 +22,13 @@ NUM_PROMPTS, NUM_TOKENS = 8, 16
 class Probe:
     """Samples a little and computes it again; ``temperature`` is the trainer's.
 
-    ``prompts`` leave room for ``NUM_TOKENS`` more in the engine; ``max_tokens`` bounds a microbatch.
+    Every prompt leaves room for ``num_tokens`` more in the engine; ``max_tokens`` bounds a microbatch.
     """
 
     engine: VllmEngine
     trainer: Trainer
     prompts: Sequence[Prompt]
+    num_tokens: int
     max_k3_kl: float
     temperature: float
     max_tokens: int
@@ -43,7 +44,7 @@ class Probe:
         drawn = SamplingSettings(
             temperature=self.temperature,
             top_p=1.0,
-            max_new_tokens=NUM_TOKENS,
+            max_new_tokens=self.num_tokens,
             num_samples=1,
             stop_token_ids=(),
         )

@@ -89,8 +89,8 @@ def failing_pushes(folder: str) -> dict[str, Any]:
     """
     _, trainer, engine, push = open_case(CASE, Path(folder))
     probe = Probe(
-        engine=engine, trainer=trainer, prompts=PROMPTS, max_k3_kl=1e-6, temperature=1.0, max_tokens=200,
-        pad_token_id=0,
+        engine=engine, trainer=trainer, prompts=PROMPTS, num_tokens=16, max_k3_kl=1e-6, temperature=1.0,
+        max_tokens=200, pad_token_id=0,
     )  # fmt: skip
     push.run(policy_version=1)
     probe.run()

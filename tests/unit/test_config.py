@@ -77,6 +77,12 @@ def test_a_spec_string_needs_no_quoting_beyond_the_shell(tmp_path: Path) -> None
     assert load(tmp_path, f"actor.backend={text}").actor.backend == text
 
 
+def test_off_needs_no_quotes(tmp_path: Path) -> None:
+    assert load(tmp_path, "rollout.verify=off").rollout.verify == "off"
+    assert load(tmp_path, text=GRPO.replace('vllm:d2"', 'vllm:d2"\n  verify: off')).rollout.verify == "off"
+    assert "needs checksum or logits or off" in refusal(tmp_path, "rollout.verify=on")
+
+
 def test_an_interpolation_names_any_key_even_one_left_at_its_default(tmp_path: Path) -> None:
     config = load(tmp_path, "seed=${rollout.n_samples}", "data.warm_start=${data.train}")
     assert config.seed == 8 and config.data.warm_start == "train.jsonl"
