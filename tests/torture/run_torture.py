@@ -109,7 +109,9 @@ def page(numbers: dict[str, Any]) -> str:
         "| run | layout and options | what was done | trials | hold |",
         "|---|---|---|---|---|",
     ]
-    arguments = {job.name: " ".join(f"`{each}`" for each in job.arguments[1:]) for job in JOBS}
+    arguments = {
+        job.name: " ".join(f"`{each}`".replace("|", "\\|") for each in job.arguments[1:]) for job in JOBS
+    }
     counts = Counter((row["job"], row["action"]) for row in rows)
     failed = Counter((row["job"], row["action"]) for row in wrong)
     for (job, action), count in counts.items():

