@@ -249,6 +249,9 @@ class Session:
             "num_steps": self.step,
             "peak_memory_bytes": int(sum_over_ranks(memory.host_bytes)),
             "peak_device_memory_bytes": int(sum_over_ranks(memory.device_bytes)),
+            "push_extra_bytes": int(
+                sum_over_ranks(float(self.sampling.push.extra_bytes if self.sampling else 0))
+            ),
             "engine_start_s": self.engine_start_s,
             "seconds_total": time.time() - self.started_at,
         }

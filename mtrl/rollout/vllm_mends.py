@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,15 @@ def _mend_cpu_experts() -> None:
 
 def _kernel_layout(live: Tensor, packed: Tensor, isa: str) -> Blocks | None:
     """How the experts' kernel keeps its weights; None where they were padded too, or in another way."""
+    return _packed_blocks(isa, tuple(live.shape[1:]), live.dtype) if live.shape == packed.shape else None
+
+
+@cache
+def _packed_blocks(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> Blocks | None:
+    """Probed once for all layers of a model."""
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    if live.shape != packed.shape:
-        return None
-    return find_blocks(lambda matrix: cpu_prepack_moe_weight(matrix, isa), live.shape[1:], live.dtype)
+    return find_blocks(lambda matrix: cpu_prepack_moe_weight(matrix, isa), shape, dtype)
 
 
 def _rotate_every_head() -> None:

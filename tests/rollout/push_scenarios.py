@@ -174,8 +174,8 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     nodes = list(case.nodes) or [0] * dist.get_world_size()
     found_here = {
         "updates": found,
-        "lacking_bytes": 4 * _num_lacking(model, engine),
-        "lacking_on_node": 4 * _num_lacking_on_node(model, engine, nodes),
+        "lacking_bytes": 4 * num_lacking(model, engine),
+        "lacking_on_node": 4 * num_lacking_on_node(model, engine, nodes),
         "across": gather_json(push.counts.bytes_across),
         "rounds": push.counts.num_rounds / NUM_UPDATES,
         "transport": push.transport.name,
@@ -268,29 +268,29 @@ def _family_folder(case: Case, folder: Path) -> Any:
     return load_model_config(folder)
 
 
-def _num_lacking(model: Model, engine: VllmEngine) -> int:
+def num_lacking(model: Model, engine: VllmEngine) -> int:
     """Elements that this rank's engine reads and its trainer does not hold, counted one by one."""
     held = held_boxes(model.weight_map)[model.groups.rank]
-    num_lacking = 0
+    count = 0
     for name, lacks in _read_elements(model, engine):
         for box in held.get(name, ()):
             lacks[box.slices] = False
-        num_lacking += int(lacks.sum())
-    return num_lacking
+        count += int(lacks.sum())
+    return count
 
 
-def _num_lacking_on_node(model: Model, engine: VllmEngine, nodes: list[int]) -> int:
+def num_lacking_on_node(model: Model, engine: VllmEngine, nodes: list[int]) -> int:
     """Elements that some engine of this rank's node reads and none of its trainers holds."""
     held, own = held_boxes(model.weight_map), nodes[model.groups.rank]
-    num_lacking = 0
+    count = 0
     for name, lacks in _read_elements(model, engine):
         dist.all_reduce(everyones := _by_node(lacks, own), op=dist.ReduceOp.MAX)
         lacks = everyones[own].bool()
         for rank, node in enumerate(nodes):
             for box in held[rank].get(name, ()) if node == own else ():
                 lacks[box.slices] = False
-        num_lacking += int(lacks.sum())
-    return num_lacking
+        count += int(lacks.sum())
+    return count
 
 
 def _by_node(lacks: Tensor, node: int) -> Tensor:

@@ -14,6 +14,7 @@ from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.sampler import sample_on_all
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy, save
+from tests.rollout.push_scenarios import num_lacking
 from tests.rollout.toys import ENGINE_SIZES, logprob_difference, toy_prompts
 from tests.rollout.toys import ENGINE_TOYS as TOYS
 
@@ -42,7 +43,7 @@ def push_each(folder: str, toys: list[str]) -> dict[str, Any]:
 def push_and_load(path: Path, number: int) -> dict[str, Any]:
     from mtrl.models.builder import build_model
     from mtrl.models.families import load_model_config
-    from mtrl.models.gather import TensorGather, held_boxes
+    from mtrl.models.gather import TensorGather
     from mtrl.models.hf import load_hf
     from mtrl.parallel import groups
     from mtrl.parallel.layout import RankLayout
@@ -73,18 +74,7 @@ def push_and_load(path: Path, number: int) -> dict[str, Any]:
     names = tuple(model.weight_map.hf_shapes())
     engine.load_weights(TensorGather(model, [names] * 2).run(torch.float32), policy_version=3)
     differ = [name for name, tensor in engine.destinations.items() if not tensor.equal(pushed[name])]
-    record, held = engine.loader_record, held_boxes(model.weight_map)[dist.get_rank()]
-    assert record is not None
-    lacking = 0
-    for name, shape in model.weight_map.hf_shapes().items():
-        lacks = torch.zeros(shape, dtype=torch.bool)
-        for copy in record.copies:
-            if copy.source == name:
-                is_box = copy.source_region.box(shape) is not None
-                copy.source_region.of(lacks).fill_(True) if is_box else lacks.fill_(True)
-        for box in held.get(name, ()):
-            lacks[box.slices] = False
-        lacking += 4 * int(lacks.sum())
+    lacking = 4 * num_lacking(model, engine)
     staged = sorted(push.staging)
     engine.shutdown()
     groups.destroy()
