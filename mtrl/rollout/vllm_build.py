@@ -9,8 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from mtrl.models.config import read_hf_config
+from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
+
+_MAX_PREFILL_TOKENS = 8192  # of all prompts in one forward pass, on CPU
 
 
 def check_spec(model_dir: Path, spec: RolloutSpec) -> None:
@@ -47,6 +50,17 @@ def overrides(model_dir: Path) -> dict[str, Any]:
         router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
         found |= {key: value for key, value in router.items() if key not in config}
     return found
+
+
+def device_arguments(*, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
+    """What vLLM is told of the kind of device."""
+    if current_device().kind == "cuda":
+        # The one expert kernel on CUDA that computes on weights in the layout they are loaded in.
+        return {"moe_backend": "triton"}
+    # A prompt that is prefilled in parts makes vLLM rewind its request's generator, which torch's CPU
+    # generators cannot (v1/worker/gpu_model_runner.py, `set_offset`): prefill whole prompts.
+    most = min(max(max_model_len, _MAX_PREFILL_TOKENS), max_num_seqs * max_model_len)
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": most}
 
 
 @contextmanager

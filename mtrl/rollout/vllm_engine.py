@@ -9,7 +9,8 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,20 +20,16 @@ from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
 from mtrl.parallel.agreement import agree_on
-from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LostRanksError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
 from mtrl.rollout.kernel_layout import Ranges
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
 from mtrl.rollout.protocol import SamplingSettings
-from mtrl.rollout.rng import preserved_rng_states
 from mtrl.rollout.seeds import completion_seed
 from mtrl.rollout.weight_loading import Placed, WeightLoader
 
 Dtype = Literal["float32", "bfloat16"]
-
-_MAX_PREFILL_TOKENS = 8192  # of all prompts in one forward pass, on CPU
 
 
 class VllmEngine:
@@ -87,19 +84,8 @@ class VllmEngine:
             logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
             trust_remote_code=False, enable_prefix_caching=True, hf_overrides=vllm_build.overrides(model_dir),
         )  # fmt: skip
-        if current_device().kind == "cpu":
-            # A prompt that is prefilled in parts makes vLLM rewind its request's generator, which torch's
-            # CPU generators cannot (v1/worker/gpu_model_runner.py, `set_offset`): prefill whole prompts.
-            arguments |= dict(
-                enable_chunked_prefill=False,
-                max_num_batched_tokens=min(
-                    max(max_model_len, _MAX_PREFILL_TOKENS), max_num_seqs * max_model_len
-                ),
-            )
-        if current_device().kind == "cuda":
-            # The one expert kernel on CUDA that computes on weights in the layout they are loaded in.
-            arguments["moe_backend"] = "triton"
-        with _as_guest(), vllm_build.without_garbage_collection():
+        arguments |= vllm_build.device_arguments(max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+        with vllm_process.as_guest(), vllm_build.without_garbage_collection():
             vllm_process.prepare_environment()
             vllm_process.quiet_log()
             vllm_mends.install()
@@ -177,8 +163,9 @@ class VllmEngine:
     ) -> None:
         """Let ``write`` change the live weights in place; they are then of ``policy_version``.
 
-        Collective over WORLD. vLLM's scheduler is paused meanwhile, its prefix cache emptied. ``check`` runs
-        after; until all ranks are done with it, and after an error, the engine refuses to sample.
+        Collective over WORLD. vLLM's scheduler is paused meanwhile, its prefix cache emptied. ``write`` runs
+        even where vLLM fails before it: other ranks may wait for this one in there. ``check`` runs after;
+        until all ranks are done with it, and after an error, the engine refuses to sample.
 
         Raises:
             RolloutError: on all ranks, when a rank failed or versions differ.
@@ -187,13 +174,14 @@ class VllmEngine:
             raise RolloutError("the engine was shut down; it takes no weights")
         self._policy_version = None
         error: Exception | None = None
-        try:
-            with torch.no_grad(), _as_guest():
-                self._update_paused(write)
-        except LostRanksError:
-            raise
-        except Exception as caught:  # told to all ranks at once
-            error = caught
+        part = _Once(write)
+        for attempt in (partial(self._update_paused, part), part):
+            try:
+                attempt()
+            except LostRanksError:
+                raise
+            except Exception as caught:  # told to all ranks at once
+                error = error or caught
         agree_on(policy_version, "policy versions", error)
         if check is not None:
             check()
@@ -201,13 +189,14 @@ class VllmEngine:
 
     def _update_paused(self, write: Callable[[], None]) -> None:
         core = self._llm.engine_core.engine_core
-        core.pause_scheduler(mode="keep", clear_cache=True)
-        try:
-            self._worker.start_weight_update()
-            self._worker.update_weights({"write": write})
-            self._worker.finish_weight_update()
-        finally:
-            core.resume_scheduler()
+        with torch.no_grad(), vllm_process.as_guest():
+            core.pause_scheduler(mode="keep", clear_cache=True)
+            try:
+                self._worker.start_weight_update()
+                self._worker.update_weights({"write": write})
+                self._worker.finish_weight_update()
+            finally:
+                core.resume_scheduler()
 
     def replay(self, tensors: Mapping[str, Tensor]) -> None:
         """Write full tensors to all their places, as vLLM's loader would."""
@@ -220,7 +209,7 @@ class VllmEngine:
         with torch.no_grad():
             # The trainer's own code may run inside this iteration: vLLM's torch must not be in place yet.
             self._loader.load(named)
-        with _as_guest():
+        with vllm_process.as_guest():
             self._derive()
             self._reset_prefix_cache()
         self._policy_version = policy_version
@@ -238,7 +227,7 @@ class VllmEngine:
         self._check_request(prompts, sampling, seed)
         if not prompts:
             return []
-        with _as_guest(), self._voided_on_error():
+        with vllm_process.as_guest(), self._voided_on_error():
             # What an earlier call has cached would change how this one's prompts are cut up, and so its
             # rounding: the same call must give the same numbers.
             self._reset_prefix_cache()
@@ -256,7 +245,7 @@ class VllmEngine:
 
         if self._llm is None:
             return
-        with _as_guest():
+        with vllm_process.as_guest():
             core = self._llm.engine_core.engine_core
             # The core's own shutdown would destroy torch.distributed too.
             core.model_executor.shutdown()
@@ -361,13 +350,17 @@ class VllmEngine:
             raise RolloutError("vLLM did not reset its prefix cache: some request still holds it")
 
 
-@contextmanager
-def _as_guest() -> Iterator[None]:
-    """vLLM may do as it likes with random states and with torch's functions in here; nothing of it stays."""
-    with ExitStack() as stack:
-        stack.enter_context(preserved_rng_states())
-        stack.enter_context(vllm_process.torch_for_vllm())
-        yield
+class _Once:
+    """A function that is called once, however often it is asked for."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+
+    def __call__(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            with torch.no_grad():
+                function()
 
 
 def _requests(prompts: Sequence[Prompt], sampling: SamplingSettings) -> Iterator[tuple[Prompt, int]]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mtrl.parallel.errors import MissingPackageError, RolloutError
+from mtrl.rollout.rng import preserved_rng_states
 
 VLLM_VERSION = "0.32"
 """The only series of vLLM whose private interfaces the engine and its mends were checked against."""
@@ -142,6 +143,13 @@ class TorchForVllm:
 
 # One for the process: vLLM patches torch at the import of a module, which happens once.
 torch_for_vllm = TorchForVllm()
+
+
+@contextmanager
+def as_guest() -> Iterator[None]:
+    """vLLM may do as it likes with random states and with torch's functions in here; nothing of it stays."""
+    with preserved_rng_states(), torch_for_vllm():
+        yield
 
 
 def _current() -> dict[tuple[int, str], Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ class Ways:
         finally:
             first.outgoing = good
 
+    def before_the_pause(self) -> None:
+        self._failing_on_rank_1(self.engine._llm.engine_core.engine_core, "pause_scheduler")
+
+    def before_the_first_exchange(self) -> None:
+        self._failing_on_rank_1(self.engine._worker, "start_weight_update")
+
+    def _failing_on_rank_1(self, owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def fail(*arguments: Any, **options: Any) -> Any:
+            if dist.get_rank() == 1:
+                raise ValueError(f"{name} does not want to")
+            return real(*arguments, **options)
+
+        setattr(owner, name, fail)
+        started = time.monotonic()
+        try:
+            self.push.run(policy_version=2)
+        finally:
+            setattr(owner, name, real)
+            assert time.monotonic() - started < 10, "ranks waited for each other"
+
     def with_other_versions(self) -> None:
         self.push.run(policy_version=2 + dist.get_rank())
 
@@ -96,8 +119,8 @@ def failing_pushes(folder: str) -> dict[str, Any]:
     probe.run()
     ways, found = Ways(engine, push, probe), {}
     for way in (
-        ways.with_another_weight, ways.with_a_bad_copy, ways.with_other_versions, ways.after_a_move,
-        ways.with_a_wrong_bit,
+        ways.with_another_weight, ways.with_a_bad_copy, ways.before_the_pause, ways.before_the_first_exchange,
+        ways.with_other_versions, ways.after_a_move, ways.with_a_wrong_bit,
     ):  # fmt: skip
         error = ""
         try:

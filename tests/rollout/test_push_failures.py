@@ -15,6 +15,8 @@ pytestmark = pytest.mark.vllm
 ERRORS = {
     "with_another_weight": "MismatchError: after a push, k3_kl between sampler and trainer is .* 4 prompts",
     "with_a_bad_copy": "a copy of the push failed",
+    "before_the_pause": "RolloutError: rank 1: ValueError.*pause_scheduler does not want to",
+    "before_the_first_exchange": "RolloutError: rank 1: ValueError.*start_weight_update does not want to",
     "with_other_versions": r"RolloutError: ranks have different policy versions: \[2, 3\]",
     "after_a_move": "is not where it was when the push was planned",
     "with_a_wrong_bit": "WeightError: .* engine does not hold the trainer's weights: .*down_proj",
