@@ -8,6 +8,8 @@ section 3.3.2). Chunks cut through segments where they fall; positions and masks
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -32,21 +34,48 @@ class SegmentBucket:
     is_whole: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """The runs of this rank's queries that lie in one segment and one chunk, and the keys that each sees.
+
+    A run's queries are the last of its keys: the segment's, up to the run's end. ``query_bounds`` and
+    ``key_bounds`` (int32, from 0) are where runs lie, end to end; ``key_rows`` (int64) says which of all
+    ranks' rows, laid end to end by rank, stands at each place of ``key_bounds``. Without context parallelism
+    runs are the segments, and keys are the queries' tokens in order.
+    """
+
+    query_bounds: torch.Tensor
+    key_bounds: torch.Tensor
+    key_rows: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
 @dataclass
 class PackedSegments(PackedSeqParams):  # type: ignore[misc]
-    """Megatron's packed-sequence argument, with what ``torch_native`` needs besides.
+    """Megatron's packed-sequence argument, with what the backends need besides.
 
     Megatron's own fields describe one sequence of all T tokens, of which it gives context parallel ranks the
     zigzag chunks described above: the boundaries matter to attention and to rotary positions only, and both
     take them from here. ``positions_T`` is of the whole row and restarts at 0 in each segment. ``scatter_T``
     says, for each of this rank's tokens, its row among all buckets' rows laid end to end. ``is_dense``: the
     one bucket's rows are the tokens in order, so that nothing needs to be gathered or scattered.
+    ``lengths`` are the segments', ``cp`` and ``own_cp`` the context parallel size and rank.
     """
 
     positions_T: torch.Tensor | None = None
     buckets: tuple[SegmentBucket, ...] = ()
     scatter_T: torch.Tensor | None = None
     is_dense: bool = False
+    lengths: tuple[int, ...] = ()
+    cp: int = 1
+    own_cp: int = 0
+
+    @cached_property
+    def spans(self) -> Spans:
+        """What an attention of sequences of unequal lengths takes (``transformer_engine``)."""
+        assert self.scatter_T is not None, "packed sequences come as PackedSegments"
+        return _spans(list(self.lengths), self.cp, self.own_cp, self.scatter_T.device)
 
     @classmethod
     def from_lengths(
@@ -70,6 +99,9 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
             buckets=tuple(_on_device(bucket, device) for bucket in buckets),
             scatter_T=scatter.to(device),
             is_dense=is_dense,
+            lengths=tuple(lengths),
+            cp=cp,
+            own_cp=cp_rank,
         )
 
 
@@ -84,6 +116,36 @@ def zigzag_tokens(total: int, cp: int, cp_rank: int) -> torch.Tensor:
     assert total % (2 * cp) == 0, f"a row of {total} tokens has no {2 * cp} equal chunks"
     chunks = torch.arange(total).view(2 * cp, -1)
     return torch.cat((chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]))
+
+
+def _gathered_rows(total: int, cp: int) -> torch.Tensor:
+    """Each token's row among all ranks' rows laid end to end by rank; int64 [total]."""
+    rows_T = torch.empty(total, dtype=torch.int64)
+    rows_T[torch.cat([zigzag_tokens(total, cp, rank) for rank in range(cp)])] = torch.arange(total)
+    return rows_T
+
+
+def _spans(lengths: list[int], cp: int, cp_rank: int, device: torch.device) -> Spans:
+    ends = list(accumulate(lengths))
+    chunk = ends[-1] // (2 * cp)
+    owned = [(n * chunk, (n + 1) * chunk) for n in (cp_rank, 2 * cp - 1 - cp_rank)]
+    queries, keys = [], []
+    for low, high in owned if cp > 1 else [(0, ends[-1])]:
+        for end, length in zip(ends, lengths, strict=True):
+            first, stop = max(low, end - length), min(high, end)
+            if first < stop:
+                queries.append(stop - first)
+                keys.append((end - length, stop))
+    key_lengths = [stop - start for start, stop in keys]
+    rows_T = _gathered_rows(ends[-1], cp)
+    bounds = [torch.tensor([0, *accumulate(each)], dtype=torch.int32) for each in (queries, key_lengths)]
+    return Spans(
+        query_bounds=bounds[0].to(device),
+        key_bounds=bounds[1].to(device),
+        key_rows=torch.cat([rows_T[start:stop] for start, stop in keys]).to(device),
+        longest_query=max(queries),
+        longest_key=max(key_lengths),
+    )
 
 
 def _on_device(bucket: SegmentBucket, device: torch.device) -> SegmentBucket:
@@ -104,8 +166,7 @@ def _bucket(
     is_own_T[own_tokens] = True
     own_row_T = torch.empty(total, dtype=torch.int64)
     own_row_T[own_tokens] = torch.arange(len(own_tokens))
-    gathered_row_T = torch.empty(total, dtype=torch.int64)
-    gathered_row_T[torch.cat([zigzag_tokens(total, cp, rank) for rank in range(cp)])] = torch.arange(total)
+    gathered_row_T = _gathered_rows(total, cp)
 
     ceilings_S = torch.ceil(torch.log2(lengths_S.double())).long()
     buckets: list[SegmentBucket] = []

@@ -66,14 +66,16 @@ def check_model_fits(config: ModelConfig, spec: ParallelSpec) -> None:
 class WeightMap:
     """Where every element of every weight lives, for all ranks of a layout.
 
-    ``places`` says where a backend keeps each role. ``format_number`` 0 is the family's published format;
-    others count its ``other_formats``. Ranks' weights are computed when asked for.
+    ``places`` says where a backend keeps each role, ``dense_places`` where the layers with a dense MLP keep
+    some of them instead. ``format_number`` 0 is the family's published format; others count its
+    ``other_formats``. Ranks' weights are computed when asked for.
     """
 
     config: ModelConfig
     layout: RankLayout
     stages: Stages
     places: Places
+    dense_places: Places = field(default_factory=dict)
     format_number: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What follows from the map and is computed once, here and by others."""
@@ -150,7 +152,7 @@ class WeightMap:
     def _pieces(
         self, weight: Weight, at: RankCoordinates, chunk: int, layer: int, local_layer: int
     ) -> Iterator[Piece | Padding]:
-        symbols, place = ROLE_SYMBOLS[weight.role], self.places[weight.role]
+        symbols, place = ROLE_SYMBOLS[weight.role], self._place(weight, layer)
         hf_extents, local_extents, ranges = self.config.extents(), self.config.extents(), {}
         for symbol in symbols:
             ranges[symbol], local_extents[symbol] = self._share(symbol, hf_extents[symbol], at)
@@ -173,6 +175,12 @@ class WeightMap:
                 local_box=place.box(symbols, local_ranges),
                 chunk=chunk,
             )
+
+    def _place(self, weight: Weight, layer: int) -> Place:
+        is_elsewhere = weight.layers is not None and weight.role in self.dense_places
+        if is_elsewhere and layer not in self.config.moe_layers:
+            return self.dense_places[weight.role]
+        return self.places[weight.role]
 
     def _share(self, symbol: str, extent: int, at: RankCoordinates) -> tuple[Range, int]:
         """A rank's range of a symbol, and the extent it has there with padding."""
