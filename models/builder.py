@@ -1,26 +1,33 @@
 """Build this rank's pipeline chunks of a model: Megatron-Core's GPTModel with a backend's modules."""
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from mtrl.models.backends.torch_native.layers import layer_spec
+from mtrl.models.backends import Backend, unsupported
+from mtrl.models.backends.torch_native import places as native_places
+from mtrl.models.backends.torch_native.layers import layer_spec as native_layer_spec
 from mtrl.models.backends.torch_native.norms import RMSNorm
-from mtrl.models.backends.torch_native.places import places
 from mtrl.models.backends.torch_native.rotary import PackedRotary, inverse_frequencies
 from mtrl.models.carried import Carried
 from mtrl.models.config import ModelConfig
 from mtrl.models.megatron_config import Precision, to_transformer_config
+from mtrl.models.precision import Fp8
 from mtrl.models.stages import Stages
-from mtrl.models.weight_map import WeightMap, check_model_fits, padded_vocab_size
+from mtrl.models.weight_map import Places, WeightMap, check_model_fits, padded_vocab_size
 from mtrl.parallel.device import current_device
+from mtrl.parallel.errors import ConfigError
 from mtrl.parallel.groups import ParallelGroups
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -62,11 +69,26 @@ class Model:
         return {**self.parameters(), **buffers}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What a backend gives: the spec of each (0-based) layer, the last norm, where its weights are, and its
+    fields of Megatron's ``TransformerConfig``.
+    """
+
+    layer_spec: Callable[[ModelConfig, ParallelGroups, int], ModuleSpec]
+    norm: type
+    places: Places
+    dense_places: Places = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
 def build_model(
     config: ModelConfig,
     groups: ParallelGroups,
     *,
     precision: Precision = "fp32",
+    fp8: Fp8 | None = None,
+    backend: Backend = "torch_native",
     num_chunks: int = 1,
     **overrides: Any,
 ) -> Model:
@@ -76,23 +98,34 @@ def build_model(
         config: the model.
         groups: the layout's process groups.
         precision: dtype of parameters and activations.
+        fp8: how the layers' linears compute in FP8; None: in ``precision``.
+        backend: which modules compute it; `mtrl.models.backends.choose_backend` gives one.
         num_chunks: virtual pipeline size; 1 is a plain pipeline.
         overrides: fields of Megatron's ``TransformerConfig``.
 
     Raises:
         LayoutError: a size of the model is not divided by its axis.
+        ConfigError: ``transformer_engine`` is not here, or cannot compute this model.
     """
     spec = groups.layout.spec
     check_model_fits(config, spec)
+    parts = _parts(backend, config, precision, fp8)
     stages = Stages.balanced(config.num_layers, spec.attn.pp, num_chunks)
-    transformer_config = to_transformer_config(config, groups, stages, precision=precision, **overrides)
+    transformer_config = to_transformer_config(
+        config, groups, stages, precision=precision, **{**parts.fields, **overrides}
+    )
     _, rotary_scale = inverse_frequencies(config.rope, config.head_dim)
     if rotary_scale != 1.0 and config.mla is None:
         # Megatron scales cosines and sines by 0.1 ln(f) + 1 of this attribute, which is no field of its
         # dataclass; this f gives the checkpoint's scale.
         transformer_config.yarn_rotary_scaling_factor = math.exp(10 * (rotary_scale - 1))
-    chunks = tuple(_build_chunk(config, transformer_config, groups, stages, n) for n in range(num_chunks))
-    weight_map = WeightMap(config=config, layout=groups.layout, stages=stages, places=places(config))
+    chunks = tuple(
+        _build_chunk(config, transformer_config, groups, stages, n, parts) for n in range(num_chunks)
+    )
+    weight_map = WeightMap(
+        config=config, layout=groups.layout, stages=stages, places=parts.places,
+        dense_places=parts.dense_places,
+    )  # fmt: skip
     return Model(
         config=config,
         transformer_config=transformer_config,
@@ -102,15 +135,45 @@ def build_model(
     )
 
 
+def _parts(backend: Backend, config: ModelConfig, precision: Precision, fp8: Fp8 | None) -> _Parts:
+    if backend == "torch_native":
+        return _Parts(
+            layer_spec=functools.partial(native_layer_spec, fp8=fp8),
+            norm=RMSNorm,
+            places=native_places.places(config),
+        )
+    reason = unsupported(config, precision=precision, is_cuda=current_device().kind == "cuda")
+    if importlib.util.find_spec("transformer_engine") is None:
+        reason = "Transformer Engine is not installed"
+    if reason:
+        raise ConfigError(f"model.backend: transformer_engine: {reason}; write auto or torch_native")
+    # Imports Transformer Engine, which few machines have.
+    from mtrl.models.backends.transformer_engine import layers, places
+
+    return _Parts(
+        layer_spec=layers.layer_spec,
+        norm=layers.NORM,
+        places=places.places(config),
+        dense_places=places.dense_places(),
+        fields=layers.transformer_fields(config, fp8),
+    )
+
+
 def _build_chunk(
-    config: ModelConfig, megatron: TransformerConfig, groups: ParallelGroups, stages: Stages, chunk: int
+    config: ModelConfig,
+    megatron: TransformerConfig,
+    groups: ParallelGroups,
+    stages: Stages,
+    chunk: int,
+    parts: _Parts,
 ) -> nn.Module:
     pp_rank = groups.coordinates.pp
     layers = stages.chunk_layers(pp_rank, chunk)
     model: nn.Module = GPTModel(
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(config, groups, layer) for layer in layers], layer_norm=RMSNorm
+            layer_specs=[parts.layer_spec(config, groups, layer) for layer in layers],
+            layer_norm=parts.norm,
         ),
         vocab_size=padded_vocab_size(config.vocab_size, groups.layout.spec.attn.tp),
         max_sequence_length=config.max_position_embeddings,

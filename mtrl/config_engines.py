@@ -6,6 +6,7 @@ Part of the tree of ``config.py``, under the same rules.
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
+from mtrl.config_acceleration import Fp8Section, MoeSection, TrainingPrecision
 from mtrl.config_types import (
     Fraction,
     NonNegativeFloat,
@@ -36,10 +37,16 @@ class ModelSection(Section):
     """Folder of the tokenizer; null: the folder of ``path`` or ``init``."""
 
     backend: Literal["auto", "torch_native", "transformer_engine"] = "auto"
-    """Layers of the trainer; ``auto`` is ``transformer_engine`` where it works, else ``torch_native``."""
+    """Layers of the trainer. ``auto`` is ``torch_native`` until Transformer Engine's have run on a GPU."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Dtype of weights and activations in the trainer; the optimizer's master weights are fp32 in both."""
+    precision: TrainingPrecision = "bf16"
+    """Dtype of weights and activations in the trainer; the optimizer's master weights are fp32 in all. FP8
+    is bf16 with the layers' products in it: ``fp8_blockwise`` scales blocks as DeepSeek-V3 does,
+    ``fp8_delayed`` whole tensors, ``mxfp8`` blocks of 32. torch_native has the first, slow and exact: what
+    others are checked against."""
+
+    fp8: Fp8Section = field(default_factory=Fp8Section)
+    """How linears compute in FP8."""
 
     trust_remote_code: bool = False
     """Let transformers run Python code found in the model folder."""
@@ -132,6 +139,13 @@ class ActorSection(Section):
     router: RouterSection = field(default_factory=RouterSection)
     """How routers of mixtures of experts are trained."""
 
+    moe: MoeSection = field(default_factory=MoeSection)
+    """How tokens travel to experts and back."""
+
+    tp_comm_overlap: bool = False
+    """Move tensor parallel ranks' tokens while products run, in Transformer Engine's user buffers; needs
+    t2 or more."""
+
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in backward, which saves memory: whole layers, or ``recompute_modules``."""
 
@@ -177,7 +191,7 @@ class RolloutSection(Section):
     """Memory of the KV cache, in bytes on each rank."""
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of the engine's weights; ``auto`` is ``model.precision``."""
+    """Dtype of the engine's weights; ``auto`` is ``model.precision``, bf16 for FP8."""
 
     verify: Literal["checksum", "logits", "off"] = "checksum"
     """What the first pushes are checked by: checksums of trainer's and engine's elements, or

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtrl.acceleration import fp8_of, megatron_fields, weights_precision
 from mtrl.checkpoint.format import PhaseName
 from mtrl.checkpoint.reference import load_reference
 from mtrl.checkpoint.save import Checkpointer, copy_tokenizer
-from mtrl.config import Config
 from mtrl.data.order import DataCursor
 from mtrl.metrics import MetricsWriter
 from mtrl.models.builder import Model, build_model
@@ -111,9 +111,10 @@ def _build(job: Job) -> Model:
     return build_model(
         job.model,
         parallel,
-        precision=config.model.precision,
+        precision=weights_precision(config),
+        fp8=fp8_of(config),
         num_chunks=num_chunks or 1,
-        **_megatron_fields(config),
+        **_megatron_fields(job),
     )
 
 
@@ -138,9 +139,10 @@ def _load(job: Job, model: Model, folder: RunFolder, resumed: Resumed | None) ->
     return reference
 
 
-def _megatron_fields(config: Config) -> dict[str, Any]:
-    actor = config.actor
+def _megatron_fields(job: Job) -> dict[str, Any]:
+    config, actor = job.config, job.config.actor
     fields: dict[str, Any] = recompute_fields(actor.recompute, actor.recompute_modules)
+    fields |= megatron_fields(config, job.actor)
     if actor.sequence_parallel != "auto":
         fields["sequence_parallel"] = actor.sequence_parallel
     if config.deterministic:
@@ -161,7 +163,7 @@ def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
         except OSError as caught:
             error = caught
     agree(error)
-    name, dtype = _ENGINE_DTYPES[job.config.model.precision if config.dtype == "auto" else config.dtype]
+    name, dtype = _ENGINE_DTYPES[weights_precision(job.config) if config.dtype == "auto" else config.dtype]
     engine = VllmEngine.create(
         home,
         job.rollout,

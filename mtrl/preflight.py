@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from mtrl.acceleration import check_acceleration
 from mtrl.batch import Prompt, Sample
 from mtrl.config import Config
 from mtrl.config_check import actor_spec, check_config, check_packages, rollout_spec
@@ -114,14 +115,13 @@ def prepare(config: Config, world_size: int) -> Job:
 
 
 def _check_model(config: Config, actor: ParallelSpec) -> ModelConfig:
-    if config.model.backend == "transformer_engine":
-        raise ConfigError("model.backend: transformer_engine is not built yet; write auto or torch_native")
     model = load_model_config(Path(config.model.path or config.model.init or ""))
     check_model_fits(model, actor)
     stages = Stages.balanced(model.num_layers, actor.attn.pp, config.actor.virtual_pipeline_size or 1)
     _check_sequence_parallel(config, actor, model)
     _check_router(config, model)
     _check_recompute(config, model)
+    check_acceleration(config, actor, model)
     if config.model.path:
         weights = WeightMap(config=model, layout=RankLayout.from_spec(actor), stages=stages, places={})
         found = folder_shapes(Path(config.model.path))

@@ -7,7 +7,7 @@ from mtrl.parallel.capability_table import Hardware, PackageName
 
 FeatureName = Literal[
     "train", "rollout", "fused_adam", "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
-    "hybridep", "wgrad_fusion", "fp8_rollout",
+    "hybridep", "permute_fusion", "expert_overlap", "tp_comm_overlap", "wgrad_fusion", "fp8_rollout",
 ]  # fmt: skip
 
 
@@ -68,12 +68,29 @@ FEATURES: tuple[Feature, ...] = (
         symbols=("transformer_engine.common.recipe:MXFP8BlockScaling",),
         built=False,
     ),
-    Feature(name="deepep", what="moe.dispatcher: deepep", any_of=("deep_ep",), built=False),
+    Feature(name="deepep", what="actor.moe.dispatcher: deepep", any_of=("deep_ep",)),
     Feature(
         name="hybridep",
-        what="moe.dispatcher: hybridep",
+        what="actor.moe.dispatcher: hybridep",
         any_of=("deep_ep",),
         symbols=("deep_ep:HybridEPBuffer",),
+    ),
+    Feature(
+        name="permute_fusion",
+        what="actor.moe.permute_fusion",
+        any_of=("transformer-engine",),
+        symbols=("transformer_engine.pytorch.permutation:moe_permute",),
+    ),
+    Feature(
+        name="expert_overlap",
+        what="actor.moe.overlap_expert_communication",
+        any_of=("megatron-core",),
+        built=False,
+    ),
+    Feature(
+        name="tp_comm_overlap",
+        what="actor.tp_comm_overlap",
+        any_of=("transformer-engine",),
         built=False,
     ),
     Feature(

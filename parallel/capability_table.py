@@ -89,6 +89,7 @@ _ATTENTION = "megatron/core/transformer/attention.py"
 _EXTENSION = "megatron/core/extensions/transformer_engine.py"
 _SERVICE = "megatron/core/resharding/nvshmem_copy_service/service.py"
 _FLEX = "moe_token_dispatcher_type: flex"
+_DEEPEP, _HYBRIDEP = "actor.moe.dispatcher: deepep", "actor.moe.dispatcher: hybridep"
 _FUSION = "gradient_accumulation_fusion: true, which mtrl does not set"
 _INFERENCE = "Megatron's own inference, which mtrl does not use"
 
@@ -207,10 +208,10 @@ PACKAGES: tuple[Package, ...] = (
             sm=((9, 0),), or_newer=True, cuda=(12, 3), source="requirements in deepseek-ai/DeepEP"
         ),
         sites=(
-            _site(MCORE_16, _A2A, 9, "from deep_ep import Buffer", _FLEX, None),
-            _site(MCORE_19, _A2A, 11, "from deep_ep import Buffer", _FLEX, None),
-            _site(MCORE_16, _A2A, 269, "from deep_ep import HybridEPBuffer", f"{_FLEX}, hybridep", None),
-            _site(MCORE_19, _A2A, 271, "from deep_ep import HybridEPBuffer", f"{_FLEX}, hybridep", None),
+            _site(MCORE_16, _A2A, 9, "from deep_ep import Buffer", _FLEX, _DEEPEP),
+            _site(MCORE_19, _A2A, 11, "from deep_ep import Buffer", _FLEX, _DEEPEP),
+            _site(MCORE_16, _A2A, 269, "from deep_ep import HybridEPBuffer", _FLEX, _HYBRIDEP),
+            _site(MCORE_19, _A2A, 271, "from deep_ep import HybridEPBuffer", _FLEX, _HYBRIDEP),
             _site(
                 VLLM_32,
                 "vllm/model_executor/layers/fused_moe/prepare_finalize/deepep_ht.py",

@@ -20,14 +20,15 @@ if __package__ in (None, "") and str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from mtrl import config as config_module  # noqa: E402
-from mtrl import config_engines  # noqa: E402
+from mtrl import config_acceleration, config_engines  # noqa: E402
 from mtrl.config import Config  # noqa: E402
 from mtrl.config_types import Section, describe, hints, section_of, sections  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 _HEAD = """# The config
 
-Made by `python tools/config_reference.py` from `mtrl/config.py` and `mtrl/config_engines.py`; edit there.
+Made by `python tools/config_reference.py` from `mtrl/config.py`, `mtrl/config_engines.py` and
+`mtrl/config_acceleration.py`; edit there.
 
 A config is a YAML file. `mtrl/train.py FILE section.key=value ...` reads it, lays the overrides over
 it and checks the result: an unknown key, a wrong type or a number out of range is refused with file,
@@ -40,7 +41,7 @@ def field_texts() -> dict[type[Section], dict[str, str]]:
     """Section -> field name -> the text under the field in the module that defines it."""
     return {
         getattr(module, node.name): _texts_of(node)
-        for module in (config_module, config_engines)
+        for module in (config_module, config_engines, config_acceleration)
         for node in ast.parse(inspect.getsource(module)).body
         if isinstance(node, ast.ClassDef)
     }

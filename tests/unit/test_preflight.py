@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from mtrl.acceleration import this_machine
 from mtrl.config import Config
 from mtrl.config_load import load_config
 from mtrl.parallel.errors import (
@@ -151,9 +152,16 @@ def test_what_does_not_fit_is_refused_with_numbers_and_fix(case: str) -> None:
     assert message in str(caught.value)
 
 
-def test_transformer_engine_is_refused(record_refusal: Callable[[str], None]) -> None:
-    with pytest.raises(ConfigError, match=r"transformer_engine is not built yet; write auto or torch_native"):
+def test_transformer_engine_is_refused_where_it_is_not(record_refusal: Callable[[str], None]) -> None:
+    obstacle = this_machine().obstacle("transformer_engine")
+    if not obstacle:
         prepared("model.backend=transformer_engine")
+        return
+    with pytest.raises(
+        ConfigError, match=r"model\.backend: transformer_engine, which cannot be had here"
+    ) as told:
+        prepared("model.backend=transformer_engine")
+    assert obstacle in str(told.value)
     record_refusal("model.backend transformer_engine")
 
 

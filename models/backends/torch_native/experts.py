@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mtrl.parallel.megatron_ready  # noqa: F401
+from mtrl.models.backends.torch_native.fp8 import block_linear
 from mtrl.models.config import ModelConfig
+from mtrl.models.precision import GradientFormat
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -36,12 +38,13 @@ class GroupedExperts(nn.Module):
 
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, *,
-        model: ModelConfig, **unused: Any,
+        model: ModelConfig, fp8_gradients: GradientFormat | None = None, **unused: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self.etp = pg_collection.expt_tp.size()
         hidden, expert_hidden = config.hidden_size, config.moe_ffn_hidden_size // self.etp
         self.num_local_experts, self.activation = num_local_experts, model.activation
+        self.fp8_gradients = fp8_gradients
         is_folded = pg_collection.ep.size() > 1 or self.etp != config.tensor_model_parallel_size
 
         def parameter(*shape: int, sharded_dim: int | None) -> nn.Parameter:
@@ -74,17 +77,24 @@ class GroupedExperts(nn.Module):
             The output [T, F] and no bias.
         """
         counts_E = torch.as_tensor(tokens_per_expert, device=x_TF.device)
-        gate_up = grouped_linear(x_TF, self.weight1, counts_E)
+        gate_up = self._product(x_TF, self.weight1, counts_E)
         if self.bias1 is not None:
             gate_up = gate_up + self.bias1.view(len(counts_E), -1).repeat_interleave(counts_E, dim=0)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = gated(gate, up, self.activation) * probs_T.unsqueeze(-1)
-        output = grouped_linear(hidden.to(x_TF.dtype), self.weight2, counts_E)
+        output = self._product(hidden.to(x_TF.dtype), self.weight2, counts_E)
         if self.bias2 is not None:
             bias_EF = self._shared_bias(self.bias2).view(len(counts_E), -1)
             bias_TF = bias_EF.repeat_interleave(counts_E, dim=0)
             output = output + (bias_TF * probs_T.unsqueeze(-1)).to(output.dtype)
         return output, None
+
+    def _product(self, x_TF: torch.Tensor, weight_EOF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        if self.fp8_gradients is None:
+            return grouped_linear(x_TF, weight_EOF, counts_E)
+        # One by one: the tokens of a call share blocks in the weight's gradient.
+        parts = zip(x_TF.split(counts_E.tolist()), weight_EOF, strict=True)
+        return torch.cat([block_linear(part, weight, gradients=self.fp8_gradients) for part, weight in parts])
 
     def _shared_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """This rank's part of a bias that the sum over etp adds up again.

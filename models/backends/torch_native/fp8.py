@@ -28,14 +28,14 @@ the last of it fp32's own additions (`product_bound`). Without subnormals that i
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from mtrl.models.hf_folder import Blocks
+from mtrl.models.precision import GradientFormat
 
-GradientFormat = Literal["e4m3", "e5m2"]
 SIZE = 128
 ALONG_ROWS = Blocks(rows=1, columns=SIZE)
 SQUARE = Blocks(rows=SIZE, columns=SIZE)

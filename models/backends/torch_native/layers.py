@@ -9,8 +9,15 @@ from torch import nn
 
 from mtrl.models.backends.torch_native.attention import CoreAttention
 from mtrl.models.backends.torch_native.experts import GroupedExperts
+from mtrl.models.backends.torch_native.fp8 import block_linear
+from mtrl.models.backends.torch_native.fp8_linears import (
+    BlockColumnParallelLinear,
+    BlockRowParallelLinear,
+    with_gradients,
+)
 from mtrl.models.backends.torch_native.norms import AllHeadsRMSNorm, RMSNorm
 from mtrl.models.config import ModelConfig
+from mtrl.models.precision import Fp8, GradientFormat
 from mtrl.models.router import Router
 from mtrl.parallel.groups import ParallelGroups
 from mtrl.parallel.megatron_ready import MEGATRON_0_19
@@ -36,10 +43,27 @@ _LATENT_NORM_EPS = 1e-6
 
 
 class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
-    """Tells Megatron's spec builders to use the modules of this folder for one model."""
+    """Tells Megatron's spec builders to use the modules of this folder for one layer of one model.
 
-    def __init__(self, model: ModelConfig) -> None:
-        self.model = model
+    ``fp8_gradients``: None, or linears run in FP8 blocks, with gradients in this format.
+    """
+
+    def __init__(self, model: ModelConfig, fp8_gradients: GradientFormat | None) -> None:
+        self.model, self.fp8_gradients = model, fp8_gradients
+
+    def column_parallel_linear(self) -> type:
+        """Linears whose output features are over ``attn.tp``."""
+        if self.fp8_gradients is not None:
+            return with_gradients(BlockColumnParallelLinear, self.fp8_gradients)
+        plain: type = super().column_parallel_linear()
+        return plain
+
+    def row_parallel_linear(self) -> type:
+        """Linears whose input features are over ``attn.tp``."""
+        if self.fp8_gradients is not None:
+            return with_gradients(BlockRowParallelLinear, self.fp8_gradients)
+        plain: type = super().row_parallel_linear()
+        return plain
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         """The norm of every place."""
@@ -51,8 +75,10 @@ class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
 
     def grouped_mlp_modules(self, *unused: Any) -> Any:
         """The experts: a builder for Megatron 0.19, a (module, submodules) pair before."""
-        experts = functools.partial(GroupedExperts, model=self.model)
-        return experts if MEGATRON_0_19 else (_as_module(GroupedExperts, model=self.model), None)
+        arguments = {"model": self.model, "fp8_gradients": self.fp8_gradients}
+        if MEGATRON_0_19:
+            return functools.partial(GroupedExperts, **arguments)  # type: ignore[arg-type]
+        return _as_module(GroupedExperts, **arguments), None
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
@@ -64,13 +90,13 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
     rank, each of which projects its share of the tokens; so does this.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fp8_gradients: GradientFormat | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.config
+        config, fp8 = self.config, fp8_gradients
         kv_size = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, kv_size)
+        self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, kv_size, fp8)
         if config.q_lora_rank is not None:
-            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank)
+            self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank, fp8)
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         # Asked by Megatron 0.19, which otherwise insists on a norm fused into the query projection of models
@@ -79,9 +105,12 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         return {name: getattr(submodules, name) for name in names}
 
 
-def layer_spec(config: ModelConfig, groups: ParallelGroups, layer: int) -> ModuleSpec:
+def layer_spec(
+    config: ModelConfig, groups: ParallelGroups, layer: int, *, fp8: Fp8 | None = None
+) -> ModuleSpec:
     """The spec of (0-based) layer ``layer`` of the model."""
-    backend = TorchNativeProvider(config)
+    is_fp8 = fp8 is not None and fp8.covers(layer, config.num_layers)
+    backend = TorchNativeProvider(config, fp8.gradients if fp8 and is_fp8 else None)
     is_moe = layer in config.moe_layers
     num_experts = config.moe.num_experts if is_moe and config.moe else None
     make_attention = _latent_attention if config.mla else _attention
@@ -142,7 +171,7 @@ def _latent_attention(
     norm = _as_module(RMSNorm, eps=_LATENT_NORM_EPS)
     column = backend.column_parallel_linear()
     return ModuleSpec(
-        module=LatentAttention,
+        module=_as_module(LatentAttention, fp8_gradients=backend.fp8_gradients),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
@@ -161,13 +190,22 @@ def _latent_attention(
 class WholeLinear(nn.Module):
     """A linear layer without bias that each tensor parallel rank holds whole, for its share of the tokens."""
 
-    def __init__(self, config: TransformerConfig, size_in: int, size_out: int) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        size_in: int,
+        size_out: int,
+        fp8_gradients: GradientFormat | None = None,
+    ) -> None:
         super().__init__()
+        self.fp8_gradients = fp8_gradients
         self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """``x`` [..., size_in] to [..., size_out], and no bias: Megatron's interface."""
+        if self.fp8_gradients is not None:
+            return block_linear(x, self.weight, gradients=self.fp8_gradients), None
         return F.linear(x, self.weight), None
 
 

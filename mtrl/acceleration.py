@@ -1,0 +1,220 @@
+"""What a config asks of accelerators: whether layout, model and this machine can give it, before launch.
+
+Rules between keys come first, since they hold on any machine; then the one place that knows what is installed
+and works here (`mtrl.parallel.capabilities`), asked once and only for what goes beyond plain torch.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Literal
+
+from mtrl.config import Config
+from mtrl.config_acceleration import BackendName, Fp8Section, MoeSection
+from mtrl.config_check import RANKS_PER_NODE
+from mtrl.models.config import ModelConfig
+from mtrl.models.precision import Fp8, Recipe
+from mtrl.parallel.capabilities import Survey, survey
+from mtrl.parallel.errors import ConfigError
+from mtrl.parallel.spec import ParallelSpec
+
+RECIPES: dict[str, Recipe] = {
+    "fp8_blockwise": "fp8_blockwise",
+    "fp8_delayed": "fp8_delayed",
+    "mxfp8": "mxfp8",
+}
+_FLEX = ("deepep", "hybridep")
+# DeepEP's readme measures its kernels with 24 SMs; Megatron-Core's default is 20.
+_SMS_ON_A_NODE, _SMS_ACROSS = 20, 24
+_WITHOUT_TE = "write model.backend=transformer_engine"
+
+
+@cache
+def this_machine() -> Survey:
+    """What is installed and works here; looked at once, in a child process."""
+    return survey()
+
+
+def backend_of(config: Config) -> BackendName:
+    """Whose layers the trainer uses."""
+    # `auto` waits for a GPU to have run Transformer Engine's: docs/verified.md.
+    return "torch_native" if config.model.backend == "auto" else config.model.backend
+
+
+def weights_precision(config: Config) -> Literal["fp32", "bf16"]:
+    """Dtype of weights and activations: FP8 training keeps bf16."""
+    return "fp32" if config.model.precision == "fp32" else "bf16"
+
+
+def fp8_of(config: Config) -> Fp8 | None:
+    """How linears compute in FP8, or that they do not."""
+    recipe, section = RECIPES.get(config.model.precision), config.model.fp8
+    if recipe is None:
+        return None
+    return Fp8(
+        recipe=recipe,
+        gradients=section.gradients,
+        bf16_first_layers=section.bf16_first_layers,
+        bf16_last_layers=section.bf16_last_layers,
+    )
+
+
+def check_acceleration(
+    config: Config, actor: ParallelSpec, model: ModelConfig, ask: Callable[[], Survey] = this_machine
+) -> None:
+    """Raise ConfigError for what is asked for and cannot work: the key, what was given, the fix."""
+    _check_fp8(config, model)
+    _check_dispatch(config, actor, model)
+    _check_overlap(config, actor)
+    _check_shared_experts(config, model)
+    _check_backend(config, actor)
+    for key, feature, instead in _asked(config):
+        obstacle = ask().obstacle(feature)
+        if obstacle:
+            raise ConfigError(f"{key}, which cannot be had here: {obstacle}; write {instead}")
+
+
+def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
+    """What goes beyond plain torch: how it is asked for, the feature's name, what to write instead."""
+    has_te = backend_of(config) == "transformer_engine"
+    moe = config.actor.moe
+    if has_te:
+        yield "model.backend: transformer_engine", "transformer_engine", "model.backend=torch_native"
+        if config.model.precision in RECIPES:
+            yield f"model.precision: {config.model.precision}", config.model.precision, "model.precision=bf16"
+    if moe.dispatcher in _FLEX:
+        yield f"actor.moe.dispatcher: {moe.dispatcher}", moe.dispatcher, "actor.moe.dispatcher=alltoall"
+    if moe.permute_fusion:
+        yield "actor.moe.permute_fusion: true", "permute_fusion", "actor.moe.permute_fusion=false"
+    if moe.overlap_expert_communication:
+        key = "actor.moe.overlap_expert_communication"
+        yield f"{key}: true", "expert_overlap", f"{key}=false"
+    if config.actor.tp_comm_overlap:
+        yield "actor.tp_comm_overlap: true", "tp_comm_overlap", "actor.tp_comm_overlap=false"
+
+
+def _check_fp8(config: Config, model: ModelConfig) -> None:
+    fp8, section = fp8_of(config), config.model.fp8
+    if fp8 is None:
+        if section != Fp8Section():
+            raise ConfigError(
+                f"model.fp8: given with model.precision {config.model.precision}, which has no FP8; write "
+                "model.precision=fp8_blockwise, or leave the section out"
+            )
+        return
+    if backend_of(config) == "torch_native" and fp8.recipe != "fp8_blockwise":
+        raise ConfigError(
+            f"model.precision: given {fp8.recipe}, but torch_native computes fp8_blockwise alone; write "
+            f"that, or {_WITHOUT_TE}"
+        )
+    kept = fp8.bf16_first_layers + fp8.bf16_last_layers
+    if kept >= model.num_layers:
+        raise ConfigError(
+            f"model.fp8: {fp8.bf16_first_layers} first and {fp8.bf16_last_layers} last layers in bf16 leave "
+            f"none of {model.num_layers} for FP8; lower them, or write model.precision=bf16"
+        )
+    if kept and fp8.recipe == "fp8_delayed":
+        raise ConfigError(
+            "model.fp8: bf16_first_layers and bf16_last_layers, but Megatron-Core keeps no layer in bf16 "
+            "under fp8_delayed; leave them 0, or write model.precision=fp8_blockwise"
+        )
+
+
+def _check_dispatch(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:
+    moe = config.actor.moe
+    if model.moe is None and moe != MoeSection():
+        raise ConfigError("actor.moe: given for a dense model, which has no experts; leave the section out")
+    if moe.num_sms is not None and (moe.num_sms % 2 or moe.dispatcher not in _FLEX):
+        why = "is odd" if moe.num_sms % 2 else f"has no effect on dispatcher {moe.dispatcher}"
+        raise ConfigError(
+            f"actor.moe.num_sms: given {moe.num_sms}, which {why}; write null or an even number"
+        )
+    if moe.dispatcher not in _FLEX:
+        return
+    if actor.ffn.ep * actor.ffn.etp == 1:
+        raise ConfigError(
+            f"actor.moe.dispatcher: given {moe.dispatcher} with {actor}, whose experts are on one rank, so "
+            "nothing travels; write e2 or more in actor.backend, or actor.moe.dispatcher=alltoall"
+        )
+    if config.model.precision == "fp32":
+        raise ConfigError(
+            f"actor.moe.dispatcher: given {moe.dispatcher} with model.precision fp32, but DeepEP's kernels "
+            "send bf16; write model.precision=bf16, or actor.moe.dispatcher=alltoall"
+        )
+
+
+def _check_overlap(config: Config, actor: ParallelSpec) -> None:
+    """Megatron's own assertions, and that its schedule knows our loss: transformer_config.py."""
+    moe, key = config.actor.moe, "actor.moe.overlap_expert_communication"
+    if not moe.overlap_expert_communication:
+        return
+    chunks = config.actor.virtual_pipeline_size or 1
+    reasons = {
+        f"{actor} has experts on one rank; write e2 or more": actor.ffn.ep == 1,
+        "with dispatcher allgather, which has nothing to overlap; write alltoall": moe.dispatcher
+        == "allgather",
+        "with model.precision fp32; write bf16": config.model.precision == "fp32",
+        "with actor.recompute full; write none or selective": config.actor.recompute == "full",
+        "with recompute_modules that hold moe; take it out": config.actor.recompute == "selective"
+        and "moe" in config.actor.recompute_modules,
+        "with shared_expert_overlap; write one of both": moe.shared_expert_overlap,
+        f"{actor} has pipeline stages of one chunk; write actor.virtual_pipeline_size=2 or more": (
+            actor.attn.pp > 1 and chunks == 1
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"{key}: true, but {reason}")
+
+
+def _check_shared_experts(config: Config, model: ModelConfig) -> None:
+    moe, key = config.actor.moe, "actor.moe.shared_expert_overlap"
+    if not moe.shared_expert_overlap:
+        return
+    if not (model.moe and model.moe.shared_hidden_size):
+        raise ConfigError(f"{key}: true, but this model has no shared experts; write false")
+    if moe.dispatcher != "alltoall":
+        raise ConfigError(f"{key}: true with dispatcher {moe.dispatcher}; it needs alltoall, or write false")
+    if config.actor.recompute == "selective" and "shared_experts" in config.actor.recompute_modules:
+        raise ConfigError(f"{key}: true with recompute_modules that hold shared_experts; take them out")
+
+
+def _check_backend(config: Config, actor: ParallelSpec) -> None:
+    if not config.actor.tp_comm_overlap:
+        return
+    if backend_of(config) != "transformer_engine":
+        raise ConfigError(
+            f"actor.tp_comm_overlap: true with torch_native, which has no such buffers; {_WITHOUT_TE}, or "
+            "actor.tp_comm_overlap=false"
+        )
+    if actor.attn.tp == 1 or config.actor.sequence_parallel is False:
+        raise ConfigError(
+            f"actor.tp_comm_overlap: true, but no tokens travel between tensor parallel ranks of {actor} "
+            f"with actor.sequence_parallel {config.actor.sequence_parallel}; write t2 or more and auto, or "
+            "actor.tp_comm_overlap=false"
+        )
+
+
+def megatron_fields(config: Config, actor: ParallelSpec) -> dict[str, Any]:
+    """What ``actor.moe`` and ``actor.tp_comm_overlap`` are in Megatron's ``TransformerConfig``."""
+    moe = config.actor.moe
+    fields: dict[str, Any] = {
+        "moe_permute_fusion": moe.permute_fusion,
+        "moe_shared_expert_overlap": moe.shared_expert_overlap,
+        "overlap_moe_expert_parallel_comm": moe.overlap_expert_communication,
+        "tp_comm_overlap": config.actor.tp_comm_overlap,
+    }
+    fields = {name: True for name, value in fields.items() if value}
+    if moe.dispatcher in _FLEX:
+        fields |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": moe.dispatcher}
+        num_sms = moe.num_sms or _num_sms(config, actor)
+        if num_sms is not None:
+            fields[f"moe_{moe.dispatcher}_num_sms"] = num_sms
+    elif moe.dispatcher != "alltoall":
+        fields["moe_token_dispatcher_type"] = moe.dispatcher
+    return fields
+
+
+def _num_sms(config: Config, actor: ParallelSpec) -> int | None:
+    if config.actor.moe.dispatcher == "hybridep":
+        return None
+    return _SMS_ON_A_NODE if actor.ffn.ep * actor.ffn.etp <= RANKS_PER_NODE else _SMS_ACROSS

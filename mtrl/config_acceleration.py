@@ -1,0 +1,58 @@
+"""The config's sections about arithmetic and communication on accelerators.
+
+Part of the tree of ``config.py``, under the same rules. What of it a machine cannot do is refused before
+launch (`acceleration.py`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mtrl.config_types import NonNegativeInt, PositiveInt, Section
+
+TrainingPrecision = Literal["fp32", "bf16", "fp8_blockwise", "fp8_delayed", "mxfp8"]
+BackendName = Literal["torch_native", "transformer_engine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Section(Section):
+    """How linears compute in FP8; the defaults only, where ``model.precision`` is fp32 or bf16."""
+
+    key: ClassVar[str] = "model.fp8"
+
+    gradients: Literal["e4m3", "e5m2"] = "e4m3"
+    """Format of gradients; weights and activations are e4m3. Megatron calls e5m2 here ``hybrid``."""
+
+    bf16_first_layers: NonNegativeInt = 0
+    """Layers at the beginning of the model that stay bf16; not with fp8_delayed."""
+
+    bf16_last_layers: NonNegativeInt = 0
+    """Layers at its end that stay bf16; not with fp8_delayed. Embeddings, routers and the output layer
+    always do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeSection(Section):
+    """How tokens travel to experts and back; dense models take the defaults only."""
+
+    key: ClassVar[str] = "actor.moe"
+
+    dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
+    """Megatron's dispatcher. ``alltoall`` sends each token to the ranks of its experts, ``allgather`` every
+    token to all ranks of ``ffn.ep`` and ``ffn.etp``: less to wait for with few ranks or many experts a
+    token. ``deepep`` and ``hybridep`` are DeepEP's kernels over NVLink and RDMA, through Megatron's flex."""
+
+    num_sms: PositiveInt | None = None
+    """SMs that DeepEP's kernels take from the experts' products, an even number; null: 20 within a node,
+    24 across (DeepEP's own measurements), and what HybridEP chooses. Its buffers' sizes follow from hidden
+    size and ranks. No effect on other dispatchers."""
+
+    permute_fusion: bool = False
+    """Sort tokens by expert, and back, in one kernel of Transformer Engine's."""
+
+    shared_expert_overlap: bool = False
+    """Compute shared experts while tokens travel; needs alltoall and a model that has them."""
+
+    overlap_expert_communication: bool = False
+    """Megatron's ``overlap_moe_expert_parallel_comm``: one microbatch's tokens travel while another's are
+    computed. Needs e2 or more, alltoall or a DeepEP dispatcher, bf16, and with pipeline stages
+    ``virtual_pipeline_size``."""
