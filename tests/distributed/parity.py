@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtrl.models.backends import Backend
 from tests.distributed.toy_runs import samples
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy, published, published_gradients, save
@@ -55,6 +56,7 @@ class Pair:
     num_chunks: int = 1
     zero: bool = True
     max_tokens: int = MAX_TOKENS
+    backend: Backend = "torch_native"
 
     @property
     def size(self) -> int:
@@ -71,6 +73,8 @@ class Pair:
             parts.append("plain")
         if self.max_tokens != MAX_TOKENS:
             parts.append(f"m{self.max_tokens}")
+        if self.backend != "torch_native":
+            parts.append(self.backend)
         return f"{' '.join(parts)} {self.toy}"
 
 
@@ -149,8 +153,10 @@ def run_pairs(folder: str, pairs: list[list[Any]]) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     groups, made_for = None, None
-    for spec, toy, num_chunks, zero, max_tokens in pairs:
-        pair = Pair(spec=spec, toy=toy, num_chunks=num_chunks, zero=zero, max_tokens=max_tokens)
+    for spec, toy, num_chunks, zero, max_tokens, backend in pairs:
+        pair = Pair(
+            spec=spec, toy=toy, num_chunks=num_chunks, zero=zero, max_tokens=max_tokens, backend=backend
+        )
         print(f"pair {pair}", flush=True)  # what the story of a failure begins with
         if made_for != (spec, num_chunks):
             if groups is not None:
@@ -178,7 +184,8 @@ def _train(groups: Any, pair: Pair, folder: Path) -> dict[str, Any]:
     from mtrl.trainer import Trainer
 
     reference = load_file(folder / "tensors.reference")
-    model = build_model(load_model_config(folder), groups, num_chunks=pair.num_chunks)
+    config = load_model_config(folder)
+    model = build_model(config, groups, num_chunks=pair.num_chunks, backend=pair.backend)
     load_hf(model, folder)
     settings = OptimizerSection(
         lr=LR, eps=EPS, weight_decay=WEIGHT_DECAY, grad_clip=CLIP, beta1=BETAS[0], beta2=BETAS[1],
@@ -196,7 +203,7 @@ def _train(groups: Any, pair: Pair, folder: Path) -> dict[str, Any]:
     gradients = {key: parameter.main_grad for key, parameter in model.parameters().items()}
     found: dict[str, Any] = {"gradient": list(_squares(model, gradients, reference, "gradient"))}
     if pair.zero:
-        model = build_model(model.config, groups, num_chunks=pair.num_chunks)
+        model = build_model(config, groups, num_chunks=pair.num_chunks, backend=pair.backend)
         load_hf(model, folder)
         trainer = Trainer(model, settings)
         trainer.start_phase(total_steps=len(LENGTHS), lr=LR, warmup_steps=0)
@@ -266,7 +273,7 @@ def measure(
 ) -> list[Errors | str]:
     """The errors of pairs of one world size, in one world; the refusal's text where a pair is refused."""
     (size,) = {pair.size for pair in pairs}
-    plain = [[p.spec, p.toy, p.num_chunks, p.zero, p.max_tokens] for p in pairs]
+    plain = [[p.spec, p.toy, p.num_chunks, p.zero, p.max_tokens, p.backend] for p in pairs]
     by_rank = world.run(run_pairs, {"folder": str(folder), "pairs": plain}, size=size, timeout_s=timeout_s)
     results: list[Errors | str] = []
     for number, pair in enumerate(pairs):

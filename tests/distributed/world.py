@@ -72,10 +72,11 @@ class World:
     """Starts the nursery at the first `run`; `close` ends it.
 
     ``preload`` names more modules to import before forking; those that are not installed are passed over.
+    ``path`` are folders that its processes find modules in before any other.
     """
 
-    def __init__(self, *, preload: tuple[str, ...] = ()) -> None:
-        self._preload = preload
+    def __init__(self, *, preload: tuple[str, ...] = (), path: tuple[Path, ...] = ()) -> None:
+        self._preload, self._path = preload, [str(folder) for folder in path]
         self._nursery: subprocess.Popen[str] | None = None
 
     def run(
@@ -106,7 +107,7 @@ class World:
                 "timeout_s": timeout_s,
                 "start": start,
                 "environment": environment or {},
-                "path": sys.path,
+                "path": [*self._path, *sys.path],
             }
             outcomes = self._ask(request)
             folder = Path(name)
@@ -124,7 +125,7 @@ class World:
 
     def _ask(self, request: dict[str, object]) -> list[str]:
         if self._nursery is None or self._nursery.poll() is not None:
-            self._nursery = _start_nursery(self._preload)
+            self._nursery = _start_nursery(self._preload, self._path)
         assert self._nursery.stdin is not None and self._nursery.stdout is not None
         self._nursery.stdin.write(json.dumps(request) + "\n")
         self._nursery.stdin.flush()
@@ -135,9 +136,11 @@ class World:
         return outcomes
 
 
-def _start_nursery(preload: tuple[str, ...]) -> "subprocess.Popen[str]":
+def _start_nursery(preload: tuple[str, ...], path: list[str]) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [*path, str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.distributed.world", *preload],
         stdin=subprocess.PIPE,
