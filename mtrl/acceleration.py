@@ -85,9 +85,6 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield f"actor.moe.dispatcher: {moe.dispatcher}", moe.dispatcher, "actor.moe.dispatcher=alltoall"
     if moe.permute_fusion:
         yield "actor.moe.permute_fusion: true", "permute_fusion", "actor.moe.permute_fusion=false"
-    if moe.overlap_expert_communication:
-        key = "actor.moe.overlap_expert_communication"
-        yield f"{key}: true", "expert_overlap", f"{key}=false"
     if config.actor.tp_comm_overlap:
         yield "actor.tp_comm_overlap: true", "tp_comm_overlap", "actor.tp_comm_overlap=false"
 
@@ -143,11 +140,11 @@ def _check_dispatch(config: Config, actor: ParallelSpec, model: ModelConfig) -> 
 
 
 def _check_overlap(config: Config, actor: ParallelSpec) -> None:
-    """Megatron's own assertions, and that its schedule knows our loss: transformer_config.py."""
+    """Megatron's own assertions (its transformer_config.py), and what its schedule of layers leaves out."""
     moe, key = config.actor.moe, "actor.moe.overlap_expert_communication"
     if not moe.overlap_expert_communication:
         return
-    chunks = config.actor.virtual_pipeline_size or 1
+    chunks, router = config.actor.virtual_pipeline_size or 1, config.actor.router
     reasons = {
         f"{actor} has experts on one rank; write e2 or more": actor.ffn.ep == 1,
         "with dispatcher allgather, which has nothing to overlap; write alltoall": moe.dispatcher
@@ -156,6 +153,10 @@ def _check_overlap(config: Config, actor: ParallelSpec) -> None:
         "with actor.recompute full; write none or selective": config.actor.recompute == "full",
         "with recompute_modules that hold moe; take it out": config.actor.recompute == "selective"
         and "moe" in config.actor.recompute_modules,
+        "with losses or bias updates of actor.router, whose counts Megatron's schedule of layers does not "
+        "carry; leave them out": (
+            bool(router.aux_loss_coeff or router.z_loss_coeff or router.bias_update_rate)
+        ),
         "with shared_expert_overlap; write one of both": moe.shared_expert_overlap,
         f"{actor} has pipeline stages of one chunk; write actor.virtual_pipeline_size=2 or more": (
             actor.attn.pp > 1 and chunks == 1

@@ -248,16 +248,20 @@ class Policy:
         return result
 
     def _forward_step(self, loss: Loss) -> Callable[..., Any]:
-        def forward_step(iterator: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
+        def forward_step(
+            iterator: Iterator[Microbatch], chunk: nn.Module, return_schedule_plan: bool = False
+        ) -> tuple[Any, Any]:
             microbatch = next(iterator)
             packed = microbatch.packed
             self._membership = self._member_tokens(microbatch)
-            output = chunk(
-                packed.tokens_T.unsqueeze(0),
-                packed.positions_T.unsqueeze(0),
-                None,
-                packed_seq_params=microbatch.segments,
-            )
+            row = (packed.tokens_T.unsqueeze(0), packed.positions_T.unsqueeze(0), None)
+            if return_schedule_plan:
+                # Megatron overlaps the communication of one microbatch with another's computation.
+                output = chunk.build_schedule_plan(  # type: ignore[operator]
+                    *row, packed_seq_params=microbatch.segments, padding_mask=self._membership
+                )
+            else:
+                output = chunk(*row, packed_seq_params=microbatch.segments)
 
             def sum_loss(logits_1TV: Tensor) -> tuple[Tensor, Tensor, Sums]:
                 logprobs_T = target_logprobs(

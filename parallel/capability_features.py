@@ -7,7 +7,7 @@ from mtrl.parallel.capability_table import Hardware, PackageName
 
 FeatureName = Literal[
     "train", "rollout", "fused_adam", "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
-    "hybridep", "permute_fusion", "expert_overlap", "tp_comm_overlap", "wgrad_fusion", "fp8_rollout",
+    "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "fp8_rollout",
 ]  # fmt: skip
 
 
@@ -80,12 +80,6 @@ FEATURES: tuple[Feature, ...] = (
         what="actor.moe.permute_fusion",
         any_of=("transformer-engine",),
         symbols=("transformer_engine.pytorch.permutation:moe_permute",),
-    ),
-    Feature(
-        name="expert_overlap",
-        what="actor.moe.overlap_expert_communication",
-        any_of=("megatron-core",),
-        built=False,
     ),
     Feature(
         name="tp_comm_overlap",

@@ -1,8 +1,8 @@
 """A model whose linears run in FP8 blocks: against transformers' with the same products, and over layouts.
 
 Widths are multiples of 128 on every rank, so that a rank's blocks are blocks of the whole weight, and there
-are fewer tokens than a block holds, since a weight's gradient has blocks over tokens. Elsewhere layouts agree as
-far as FP8 itself does.
+are fewer tokens than a block holds, since a gradient of weights has blocks over tokens. Elsewhere they agree
+as far as FP8 itself does.
 """
 
 from contextlib import nullcontext

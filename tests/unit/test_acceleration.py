@@ -84,6 +84,10 @@ RULES: dict[str, tuple[list[str], str]] = {
         [OVERLAP, "actor.recompute=selective", "actor.recompute_modules=[moe]"],
         "with recompute_modules that hold moe",
     ),
+    "overlap with losses of routers": (
+        [OVERLAP, "actor.router.z_loss_coeff=1e-3"],
+        "with losses or bias updates of actor.router",
+    ),
     "both overlaps": ([OVERLAP, SHARED], "with shared_expert_overlap; write one of both"),
     "overlap with plain stages": ([OVERLAP, P2], "write actor.virtual_pipeline_size=2 or more"),
     "shared experts by allgather": (
@@ -142,7 +146,6 @@ ASKED: dict[str, tuple[list[str], str, str]] = {
     "deepep": ([DEEPEP], "actor.moe.dispatcher: deepep", "actor.moe.dispatcher=alltoall"),
     "hybridep": (["actor.moe.dispatcher=hybridep"], "actor.moe.dispatcher: hybridep", "alltoall"),
     "permute_fusion": (["actor.moe.permute_fusion=true"], "actor.moe.permute_fusion: true", "false"),
-    "expert_overlap": ([OVERLAP], "actor.moe.overlap_expert_communication: true", "false"),
 }
 
 
@@ -177,7 +180,13 @@ def test_plain_torch_asks_no_machine(tmp_path: Path, model: ModelConfig) -> None
     def nobody() -> Survey:
         raise AssertionError("asked")
 
-    for overrides in ([], ["model.precision=fp8_blockwise"], ["actor.moe.dispatcher=allgather"], [SHARED]):
+    for overrides in (
+        [],
+        ["model.precision=fp8_blockwise"],
+        ["actor.moe.dispatcher=allgather"],
+        [SHARED],
+        [OVERLAP],
+    ):
         given = config(tmp_path, *overrides)
         check_acceleration(given, actor_spec(given), model, nobody)
 
@@ -220,6 +229,7 @@ def test_fp8_is_bf16_with_other_products(tmp_path: Path) -> None:
             },
         ),
         ([SHARED], {"moe_shared_expert_overlap": True}),
+        ([OVERLAP], {"overlap_moe_expert_parallel_comm": True}),
     ],
 )
 def test_options_are_these_fields_of_megatrons(
