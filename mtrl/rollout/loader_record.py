@@ -10,6 +10,7 @@ byte-minimal push plans from.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -153,13 +154,18 @@ def record_loader(
     sources: Mapping[str, Shape],
     destinations: Mapping[str, Tensor],
     dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> LoaderRecord:
     """Run ``load`` on storage-less tensors named and shaped as ``sources``; return what it would have done.
 
-    ``destinations`` are the live tensors, contiguous and keyed by name; none of them is changed. WeightError
-    when the loader refuses a name or does with a weight what is neither a copy of a region nor a constant.
+    Sources are of ``dtype``, or what ``dtypes`` says. ``destinations`` are the live tensors, contiguous and
+    keyed by name; none of them is changed. WeightError when the loader refuses a name or does with a weight
+    what is neither a copy of a region nor a constant.
     """
-    fakes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in sources.items()}
+    fakes = {
+        name: torch.empty(shape, dtype=dtypes.get(name, dtype), device="meta")
+        for name, shape in sources.items()
+    }
     recorder = _Recorder(fakes, destinations)
     try:
         with torch.no_grad(), recorder:

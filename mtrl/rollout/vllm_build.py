@@ -9,9 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from mtrl.models.config import read_hf_config
+from mtrl.models.families import load_model_config
 from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
+from mtrl.rollout.fp8_weights import check_sliced, quantization_config
 
 _MAX_PREFILL_TOKENS = 8192  # of all prompts in one forward pass, on CPU
 
@@ -38,25 +40,45 @@ def check_spec(model_dir: Path, spec: RolloutSpec) -> None:
         )
 
 
-def overrides(model_dir: Path) -> dict[str, Any]:
+def check_fp8(model_dir: Path, spec: RolloutSpec, *, expert_parallel: bool) -> None:
+    """Check what FP8 weights need.
+
+    Raises:
+        RolloutError: not on a GPU.
+        LayoutError: experts would be sliced within blocks.
+    """
+    if current_device().kind != "cuda":
+        raise RolloutError("FP8 rollout weights need a GPU: vLLM's CPU build has no such kernels without AMX")
+    check_sliced(load_model_config(model_dir), spec, expert_parallel=expert_parallel)
+
+
+def compute_dtype(dtype: str) -> str:
+    """What vLLM computes in: FP8 weights are multiplied by bfloat16 activations, quantised as they come."""
+    return "bfloat16" if dtype == "fp8" else dtype
+
+
+def overrides(model_dir: Path, *, fp8: bool = False) -> dict[str, Any]:
     """What vLLM must be told that ``config.json`` does not say, or says of the files and not of the weights.
 
-    The trainer pushes dequantised weights. transformers 5 writes DeepSeek configs without two keys that vLLM
-    reads, and whose absence it takes for another router (model_executor/models/deepseek_v2.py).
+    The trainer pushes dequantised weights, or for ``fp8`` quantises them itself. transformers 5 writes
+    DeepSeek configs without two keys that vLLM reads, and whose absence it takes for another router
+    (model_executor/models/deepseek_v2.py).
     """
     config = read_hf_config(model_dir)
     found: dict[str, Any] = {"quantization_config": None} if config.get("quantization_config") else {}
+    if fp8:
+        found["quantization_config"] = quantization_config(load_model_config(model_dir))
     if "DeepseekV3ForCausalLM" in config["architectures"]:
         router = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
         found |= {key: value for key, value in router.items() if key not in config}
     return found
 
 
-def device_arguments(*, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
+def device_arguments(*, max_model_len: int, max_num_seqs: int, fp8: bool) -> dict[str, Any]:
     """What vLLM is told of the kind of device."""
     if current_device().kind == "cuda":
-        # The one expert kernel on CUDA that computes on weights in the layout they are loaded in.
-        return {"moe_backend": "triton"}
+        # The kernels on CUDA that compute on weights in the layout they are loaded in.
+        return {"moe_backend": "triton", "linear_backend": "triton" if fp8 else "auto"}
     # A prompt that is prefilled in parts makes vLLM rewind its request's generator, which torch's CPU
     # generators cannot (v1/worker/gpu_model_runner.py, `set_offset`): prefill whole prompts.
     most = min(max(max_model_len, _MAX_PREFILL_TOKENS), max_num_seqs * max_model_len)

@@ -29,7 +29,8 @@ from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.seeds import completion_seed
 from mtrl.rollout.weight_loading import Placed, WeightLoader
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "fp8"]
+"""``fp8``: what fp8_weights.py names in FP8 blocks, all else in bfloat16; GPUs only."""
 
 
 class VllmEngine:
@@ -51,7 +52,8 @@ class VllmEngine:
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._derived = vllm_mends.derived_weights(self._model)
         self._worker.weight_transfer_engine.derive = self._derive
-        self._loader = WeightLoader(self._model, getattr(torch, dtype), self._group)
+        self._has_fp8_weights = dtype == "fp8"
+        self._loader = WeightLoader(self._model, getattr(torch, vllm_build.compute_dtype(dtype)), self._group)
 
     @classmethod
     def create(
@@ -75,16 +77,21 @@ class VllmEngine:
         the world, ModelError without a usable config, RolloutError if vLLM refuses.
         """
         vllm_build.check_spec(model_dir, spec)
+        if is_fp8 := dtype == "fp8":
+            vllm_build.check_fp8(model_dir, spec, expert_parallel=expert_parallel)
         arguments: dict[str, Any] = dict(
             model=str(model_dir), runner="generate", skip_tokenizer_init=True, load_format="dummy",
-            dtype=dtype, seed=seed % 2**32, tensor_parallel_size=spec.tp,
+            dtype=vllm_build.compute_dtype(dtype), seed=seed % 2**32, tensor_parallel_size=spec.tp,
             distributed_executor_backend="external_launcher", enable_expert_parallel=expert_parallel,
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             kv_cache_memory_bytes=kv_cache_bytes, enforce_eager=True, async_scheduling=False,
             logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
-            trust_remote_code=False, enable_prefix_caching=True, hf_overrides=vllm_build.overrides(model_dir),
+            trust_remote_code=False, enable_prefix_caching=True,
+            hf_overrides=vllm_build.overrides(model_dir, fp8=is_fp8),
         )  # fmt: skip
-        arguments |= vllm_build.device_arguments(max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+        arguments |= vllm_build.device_arguments(
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs, fp8=is_fp8
+        )
         with vllm_process.as_guest(), vllm_build.without_garbage_collection():
             vllm_process.prepare_environment()
             vllm_process.quiet_log()
@@ -151,12 +158,20 @@ class VllmEngine:
         """Where they are."""
         return next(iter(self.destinations.values())).device
 
-    def plan_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> LoaderRecord:
+    @property
+    def has_fp8_weights(self) -> bool:
+        """Whether linears' weights are kept in FP8 blocks, each with its scales."""
+        return self._has_fp8_weights
+
+    def plan_weights(
+        self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
+    ) -> LoaderRecord:
         """What this rank needs of Hugging Face tensors of these shapes. Collective over the replica.
 
-        WeightError when a name is unknown or missing.
+        They are of the engine's dtype, or what ``dtypes`` says. WeightError when a name is unknown or
+        missing.
         """
-        return self._loader.prepare(shapes)
+        return self._loader.prepare(shapes, dtypes)
 
     def update(
         self, write: Callable[[], None], *, policy_version: int, check: Callable[[], None] | None = None

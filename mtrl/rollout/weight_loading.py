@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -57,16 +58,20 @@ class WeightLoader:
         """The engine's live tensors that weights go to, by name."""
         return self._destinations
 
-    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> LoaderRecord:
+    def prepare(
+        self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    ) -> LoaderRecord:
         """Record what this rank needs of tensors of these shapes; collective over the replica.
 
-        Constants are written; weights are not. WeightError as `load` raises it.
+        They are of the engine's dtype, or what ``dtypes`` says. Constants are written; weights
+        are not. WeightError as `load` raises it.
         """
         error: WeightError | None = None
         names = list(shapes)
         try:
             for start in range(0, len(names), _NAMES_PER_RECORDING):
-                self._extend({name: shapes[name] for name in names[start : start + _NAMES_PER_RECORDING]})
+                chunk = names[start : start + _NAMES_PER_RECORDING]
+                self._extend({name: shapes[name] for name in chunk}, dtypes)
             self._record.check_complete(self._destinations, self._parameters)
         except WeightError as caught:
             error = caught
@@ -165,8 +170,10 @@ class WeightLoader:
         if shape != tuple(tensor.shape):
             raise WeightError(f"{name} has shape {list(tensor.shape)}; the engine needs {list(shape)}")
 
-    def _extend(self, sources: Mapping[str, tuple[int, ...]]) -> None:
-        part = record_loader(self._model.load_weights, sources, self._destinations, self._dtype)
+    def _extend(
+        self, sources: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    ) -> None:
+        part = record_loader(self._model.load_weights, sources, self._destinations, self._dtype, dtypes)
         self._record = self._record.joined(part)
         for fill in part.fills:
             if fill.destination in self._layouts:

@@ -5,15 +5,17 @@ The plan (``nodes.py``) gives each needed element one source, so that a rank rec
 need minus have; ``rounds.py`` turns it into lists of views, ``push.py`` runs through them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from mtrl.models.boxes import Box
 from mtrl.models.gather import held_boxes
+from mtrl.models.hf_folder import SCALE_SUFFIX
 from mtrl.models.transfers import Boxes
 from mtrl.models.weight_map import WeightMap
 from mtrl.parallel.agreement import gather_json
+from mtrl.rollout.fp8_weights import block_box
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
 from mtrl.weight_push.nodes import NodePlan, plan_nodes
 
@@ -64,14 +66,39 @@ def disjoint(boxes: Iterable[Box]) -> list[Box]:
     return kept
 
 
-def plan_push(weight_map: WeightMap, needs: Sequence[Boxes], node_of: Sequence[int]) -> NodePlan:
+def plan_push(
+    weight_map: WeightMap, needs: Sequence[Boxes], node_of: Sequence[int], *, fp8: Collection[str] = ()
+) -> NodePlan:
     """Who sends which box to whom; ``needs[r]`` are rank r's, on node ``node_of[r]``.
 
-    Pure; every rank computes the same.
+    The weights ``fp8`` travel with their scales. Pure; every rank computes the same.
     """
-    held = held_boxes(weight_map)
-    names = [name for name in weight_map.hf_shapes() if any(name in need for need in needs)]
-    return plan_nodes(_by_turns(names, held, weight_map), held, needs, node_of)
+    held = sendable_boxes(weight_map, fp8)
+    quantised, names = set(fp8), []
+    for name in weight_map.hf_shapes():
+        names += [name, name + SCALE_SUFFIX] if name in quantised else [name]
+    needed = [name for name in names if any(name in need for need in needs)]
+    return plan_nodes(_by_turns(needed, held, weight_map), held, needs, node_of)
+
+
+def sendable_boxes(weight_map: WeightMap, fp8: Collection[str]) -> list[Boxes]:
+    """Per rank, the boxes of weights that it holds, and of scales as `with_scale_boxes`."""
+    return with_scale_boxes(held_boxes(weight_map), fp8)
+
+
+def with_scale_boxes(held: Sequence[Boxes], fp8: Collection[str]) -> list[Boxes]:
+    """Of the scales of ``fp8``, a rank has those of all the blocks that its boxes touch."""
+    return [
+        {
+            **boxes,
+            **{
+                name + SCALE_SUFFIX: tuple(dict.fromkeys(map(block_box, boxes[name])))
+                for name in fp8
+                if name in boxes
+            },
+        }
+        for boxes in held
+    ]
 
 
 def _by_turns(names: Sequence[str], held: Sequence[Boxes], weight_map: WeightMap) -> list[str]:

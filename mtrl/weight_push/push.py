@@ -4,12 +4,14 @@ Planned once: what an engine's shard reads is recorded from vLLM's own loader (`
 of it comes from one other rank, over a network card once for each node (``nodes.py``), and everything is
 prepared as views of live tensors (``rounds.py``). A push is one fused copy of all that a rank has itself,
 and for each round a fused copy into its bucket, an exchange (``transport.py``) and a fused copy out of it.
-Rank r receives exactly the elements of need(r) minus have(r), counted by the transport.
+Rank r receives exactly the elements of need(r) minus have(r), counted by the transport. What the engine keeps
+in FP8 is quantised before it travels (``fp8_images.py``).
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +20,12 @@ from mtrl.models.builder import Model
 from mtrl.models.gather import DTYPES
 from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.errors import LostRanksError, RolloutError, WeightError
+from mtrl.rollout.fp8_weights import fp8_dtypes, fp8_names, with_scales
 from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.weight_push.copies import Copies
-from mtrl.weight_push.plan import Needs, exchange_needs, plan_push
-from mtrl.weight_push.rounds import Round, make_rounds
+from mtrl.weight_push.fp8_images import Fp8Images, PartsPlan
+from mtrl.weight_push.plan import Needs, exchange_needs, plan_push, sendable_boxes
+from mtrl.weight_push.rounds import Round, Rounds, make_rounds
 from mtrl.weight_push.transport import TransportName, choose
 from mtrl.weight_push.verify import Checksums
 from mtrl.weight_push.views import Views
@@ -62,28 +66,38 @@ class WeightPush:
         node_of: list[int] | None = None,
     ) -> None:
         self._model, self._engine, self.counts = model, engine, Counts()
-        shapes = model.weight_map.hf_shapes()
-        needs = Needs.of(engine.plan_weights(shapes))
+        fp8 = fp8_names(model.weight_map.config) if engine.has_fp8_weights else ()
+        shapes = with_scales(model.weight_map.hf_shapes(), fp8)
+        kept = {name: DTYPES[each] for name, each in model.weight_map.hf_dtypes().items()} | fp8_dtypes(fp8)
+        needs = Needs.of(engine.plan_weights(shapes, fp8_dtypes(fp8)))
         self.staging = {
-            name: torch.empty(shapes[name], dtype=dtype, device=engine.device) for name in needs.whole
+            name: torch.empty(shapes[name], dtype=kept.get(name, dtype), device=engine.device)
+            for name in needs.whole
         }
         views = Views(model, needs, engine.placed, self.staging)
         everyones = exchange_needs(needs)
-        kept = {name: DTYPES[each] for name, each in model.weight_map.hf_dtypes().items()}
         self._rank = model.groups.rank
         self._nodes = node_of or gather_json(int(os.environ.get("GROUP_RANK", "0")))
-        self.plan = plan_push(model.weight_map, everyones, self._nodes)
+        self.plan = plan_push(model.weight_map, everyones, self._nodes, fp8=fp8)
         self.transport = choose(transport, engine.device)
-        made = make_rounds(
-            self.plan,
-            views,
-            self.transport,
-            lambda name: kept.get(name, dtype),
+        rounds = partial(
+            make_rounds,
+            transport=self.transport,
             rank=self._rank,
             world_size=model.groups.layout.world_size,
             bucket_bytes=bucket_bytes // 2,  # one to send from and one to receive into, or two in turns
+            device=engine.device,
         )
-        self._local, self._rounds = made.local, made.rounds
+        self._images, told = None, Rounds()
+        if fp8:
+            parts = PartsPlan(self.plan, sendable_boxes(model.weight_map, fp8), fp8, self._nodes)
+            self._images = Fp8Images(
+                parts, views.held, rank=self._rank, scratch_bytes=bucket_bytes, device=engine.device
+            )
+            told = rounds(parts.largest, self._images, dtype_of=lambda name: torch.float32)
+            views.images = self._images.images
+        made = rounds(self.plan, views, dtype_of=lambda name: kept.get(name, dtype))
+        self._told, self._local, self._rounds = told, made.local, made.rounds
         self._checksums, self._num_verified = Checksums(self.plan, views, dtype), num_verified
         own: Mapping[str, Tensor] = {f"{name} (chunk {n})": p for (n, name), p in model.parameters().items()}
         live = [*((own, name) for name in own), *engine.live_parameters()]
@@ -92,8 +106,11 @@ class WeightPush:
 
     @property
     def extra_bytes(self) -> int:
-        """Memory that this rank keeps for pushes: buckets, and tensors that are replayed whole."""
-        return self.transport.num_bytes + sum(tensor.nbytes for tensor in self.staging.values())
+        """Memory that this rank keeps for pushes: buckets, tensors that are replayed whole, and its share in
+        FP8.
+        """
+        staged = sum(tensor.nbytes for tensor in self.staging.values())
+        return self.transport.num_bytes + staged + (self._images.num_bytes if self._images else 0)
 
     def run(self, *, policy_version: int) -> int:
         """Push, and make ``policy_version`` the engine's version. Collective over WORLD.
@@ -115,19 +132,26 @@ class WeightPush:
     def _write(self) -> None:
         """All copies and exchanges; whatever fails on this rank, it takes part in every exchange."""
         error: Exception | None = None
-        try:
-            self._check_storage()
-            self._local.run()
-        except Exception as caught:  # raised below, when the other ranks need this one no more
-            error = caught
-        for each in self._rounds:
+        for step in self._steps():
             try:
-                self._exchange(each)
-            except _CopyFailed as caught:
+                step()
+            except LostRanksError:
+                raise
+            except Exception as caught:  # raised below, when the other ranks need this one no more
                 error = error or caught
         if error is not None:
             raise error
         self._engine.replay(self.staging)
+
+    def _steps(self) -> Iterator[Callable[[], None]]:
+        yield self._check_storage
+        if self._images is not None:
+            yield self._images.measure
+            yield self._told.local.run
+            yield from (partial(self._exchange, each) for each in self._told.rounds)
+            yield self._images.quantise
+        yield self._local.run
+        yield from (partial(self._exchange, each) for each in self._rounds)
 
     def _exchange(self, each: Round) -> None:
         failed = _attempt(each.outgoing)

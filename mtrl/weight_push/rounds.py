@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,24 @@ from mtrl.models.transfers import Transfer
 from mtrl.weight_push.copies import Copies
 from mtrl.weight_push.nodes import NodePlan
 from mtrl.weight_push.transport import RoundSizes, Transport, Wire
-from mtrl.weight_push.views import Views
 
 Read = Callable[[str, Box], Iterator[tuple[Box, Tensor]]]
+
+
+class Sides(Protocol):
+    """Views of live tensors on both sides of an exchange: see `Views`."""
+
+    def held(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """What this rank has."""
+
+    def wanted(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """Where it wants what it receives."""
+
+    def delivered(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """As ``wanted``, and each element once."""
+
+    def matched(self, name: str, box: Box) -> Iterator[tuple[Tensor, Tensor]]:
+        """(target, source) of what it has itself."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,19 +46,20 @@ class Round:
 class Rounds:
     """A push: copies on this rank itself, and rounds in their order."""
 
-    local: Copies
-    rounds: list[Round]
+    local: Copies = field(default_factory=Copies)
+    rounds: list[Round] = field(default_factory=list)
 
 
 def make_rounds(
     plan: NodePlan,
-    views: Views,
+    views: Sides,
+    *,
     transport: Transport,
     dtype_of: Callable[[str], torch.dtype],
-    *,
     rank: int,
     world_size: int,
     bucket_bytes: int,
+    device: torch.device,
 ) -> Rounds:
     """The plan as views, cut by tensors so that no rank sends or receives more than ``bucket_bytes`` a round.
 
@@ -54,7 +71,6 @@ def make_rounds(
             same = [each for each in stage.transfers if dtype_of(each.name) == dtype]
             travelling = [each for each in same if each.source != each.target]
             cut += [(group, read) for group in _cut(travelling, world_size, bucket_bytes // dtype.itemsize)]
-    device = next(iter(views.model.parameters().values())).device
     wires = transport.open(
         [RoundSizes(_sizes(group, world_size), dtype_of(group[0].name)) for group, _ in cut], device
     )
@@ -93,7 +109,7 @@ def _sizes(transfers: Sequence[Transfer], world_size: int) -> tuple[tuple[int, .
     return tuple(map(tuple, found))
 
 
-def _round(transfers: Sequence[Transfer], views: Views, read: Read, wire: Wire, rank: int) -> Round:
+def _round(transfers: Sequence[Transfer], views: Sides, read: Read, wire: Wire, rank: int) -> Round:
     found = Round(wire=wire)
     start = 0
     for each in sorted((t for t in transfers if t.source == rank), key=lambda t: t.target):

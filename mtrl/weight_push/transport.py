@@ -81,6 +81,16 @@ class Transport(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CollectiveWire(Wire):
+    """With both buckets as bytes (not every library knows every dtype), and bytes by target and source."""
+
+    outbox: Tensor
+    inbox: Tensor
+    bytes_sent: list[int]
+    bytes_received: list[int]
+
+
 class CollectiveTransport:
     """One ``all_to_all_single`` a round, between two buckets that all rounds share."""
 
@@ -95,23 +105,27 @@ class CollectiveTransport:
         outbox = _bytes(max((each.num_sent(rank) for each in rounds), default=0), device)
         inbox = _bytes(max((each.num_received(rank) for each in rounds), default=0), device)
         self.num_bytes += outbox.nbytes + inbox.nbytes
-        return [
-            Wire(
-                sent=outbox[: each.num_sent(rank)].view(each.dtype),
-                received=inbox[: each.num_received(rank)].view(each.dtype).split(each.received(rank)),
-                sizes=each.elements,
+        wires: list[Wire] = []
+        for each in rounds:
+            sent, received = outbox[: each.num_sent(rank)], inbox[: each.num_received(rank)]
+            wires.append(
+                _CollectiveWire(
+                    sent=sent.view(each.dtype),
+                    received=received.view(each.dtype).split(each.received(rank)),
+                    sizes=each.elements,
+                    outbox=sent,
+                    inbox=received,
+                    bytes_sent=[count * each.dtype.itemsize for count in each.elements[rank]],
+                    bytes_received=[count * each.dtype.itemsize for count in each.received(rank)],
+                )
             )
-            for each in rounds
-        ]
+        return wires
 
     def exchange(self, wire: Wire) -> int:
         """See `Transport.exchange`."""
-        rank = dist.get_rank()
-        counts = [each.numel() for each in wire.received]
-        first, total = wire.received[0], sum(counts)
-        inbox = first.as_strided((total,), (1,), first.storage_offset())
-        dist.all_to_all_single(inbox, wire.sent, counts, list(wire.sizes[rank]))
-        return inbox.nbytes
+        assert isinstance(wire, _CollectiveWire)
+        dist.all_to_all_single(wire.inbox, wire.outbox, wire.bytes_received, wire.bytes_sent)
+        return wire.inbox.nbytes
 
 
 class SharedMemoryTransport:

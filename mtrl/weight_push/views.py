@@ -26,6 +26,8 @@ class Views:
     needs: Needs
     placed: Callable[[RecordedCopy, Ranges], Iterator[Placed]]
     staging: Mapping[str, Tensor]
+    images: Mapping[str, Sequence[tuple[Box, Tensor]]] = field(default_factory=dict)
+    """What is sent in place of the trainer's own tensors: boxes, each with its elements."""
     _pieces: dict[str, list[tuple[Box, Piece]]] = field(init=False)
     _tensors: Mapping[Any, Tensor] = field(init=False)
 
@@ -39,6 +41,10 @@ class Views:
         """The trainer's elements of ``box``: parts of it, each with a view of its elements in some shape
         whose row-major order is that of the part.
         """
+        if name in self.images:
+            whole, image = next((h, i) for h, i in self.images[name] if h.intersect(box) == box)
+            yield box, image[box.relative_to(whole).slices]
+            return
         held, piece = next((h, p) for h, p in self._pieces[name] if h.intersect(box) == box)
         region = stored_region(self._tensors, piece)
         lengths = _grouped(tuple(region.shape), [len(factors) for factors in piece.hf.factors])

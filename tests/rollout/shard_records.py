@@ -5,9 +5,11 @@ that rank, and its loader is recorded (``loader_record.py``). Nothing is communi
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from mtrl.rollout import vllm_build, vllm_mends, vllm_process
 from mtrl.rollout.loader_record import LoaderRecord, record_loader
 from mtrl.weight_push.kinds import Engines, alike_of, kinds_of
 from tests.property.node_bounds import masks
+
+CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "prob_scale")
 
 
 class Group:
@@ -49,34 +53,62 @@ def prepare() -> None:
     vllm_mends.install()
 
 
-def record_shards(folder: Path, engines: Engines, shapes: dict[str, Any]) -> Iterator[LoaderRecord]:
-    """The record of the loader of each rank of an engine, with the config that `VllmEngine` gives vLLM."""
+@contextmanager
+def no_fp8_kernels() -> Iterator[None]:
+    """vLLM builds layers with FP8 weights where it has no kernel that multiplies with them."""
+    from vllm.model_executor.layers.quantization import fp8
+
+    with (
+        patch.object(fp8, "init_fp8_linear_kernel", lambda **config: None),
+        patch.object(fp8, "select_fp8_moe_backend", lambda **config: (None, None)),
+    ):
+        yield
+
+
+def shard_models(
+    folder: Path, engines: Engines, ranks: Sequence[int], dtype: Literal["float32", "fp8"] = "float32"
+) -> Iterator[tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
+    """vLLM's model of each of these ranks of an engine, built with the config that `VllmEngine` gives vLLM,
+    and its live tensors.
+    """
     import vllm.distributed.parallel_state as state
     from vllm import EngineArgs
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    tp = engines.spec.tp
+    tp, compute = engines.spec.tp, vllm_build.compute_dtype(dtype)
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(tp), "LOCAL_RANK": "0"}
     config = EngineArgs(
-        model=str(folder), runner="generate", skip_tokenizer_init=True, load_format="dummy", dtype="float32",
+        model=str(folder), runner="generate", skip_tokenizer_init=True, load_format="dummy", dtype=compute,
         tensor_parallel_size=tp, distributed_executor_backend="external_launcher",
         enable_expert_parallel=engines.expert_parallel, max_model_len=64, max_num_seqs=8, enforce_eager=True,
-        kv_cache_memory_bytes=16 << 20, hf_overrides=vllm_build.overrides(folder),
+        kv_cache_memory_bytes=16 << 20, hf_overrides=vllm_build.overrides(folder, fp8=dtype == "fp8"),
     ).create_engine_config()  # fmt: skip
-    for engine_rank in range(tp):
+    for engine_rank in ranks:
         for name in ("_WORLD", "_TP", "_EP"):
             setattr(state, name, Group(engine_rank, tp))
         for name in ("_PP", "_DP", "_PCP", "_DCP", "_ETP", "_EPLB"):
             setattr(state, name, Group(0, 1))
         config.parallel_config.rank = engine_rank
         config.compilation_config.static_forward_context.clear()  # where layers write down their names
-        with set_current_vllm_config(config), set_default_torch_dtype(torch.float32):
+        with (
+            set_current_vllm_config(config),
+            set_default_torch_dtype(getattr(torch, compute)),
+            no_fp8_kernels(),
+        ):
             model = initialize_model(config)
+            for module in model.modules():
+                for name in CACHE_SCALES:  # vLLM's own step after loading removes them
+                    module._parameters.pop(name, None)
             destinations = {name: buffer for name, buffer in model.named_buffers() if buffer.is_contiguous()}
-            destinations |= {name: parameter.data for name, parameter in model.named_parameters()}
-            yield record_loader(model.load_weights, shapes, destinations, torch.float32)
+            yield model, destinations | {name: p.data for name, p in model.named_parameters()}
+
+
+def record_shards(folder: Path, engines: Engines, shapes: dict[str, Any]) -> Iterator[LoaderRecord]:
+    """The record of the loader of each rank of an engine."""
+    for model, destinations in shard_models(folder, engines, range(engines.spec.tp)):
+        yield record_loader(model.load_weights, shapes, destinations, torch.float32)
 
 
 def ruled_needs(config: ModelConfig, engines: Engines) -> list[Boxes]:
@@ -117,7 +149,7 @@ def engine_needs(folder: str, toys: list[str], rollout: dict[str, Any]) -> dict[
             path, spec, max_model_len=64, max_num_seqs=8, dtype="float32", seed=0, kv_cache_bytes=16 << 20,
             expert_parallel=engines.expert_parallel,
         )  # fmt: skip
-        record = engine.plan_weights(shapes)
+        record = engine.plan_weights(shapes, {})
         found[toy] = differing(record, ruled_needs(config, engines)[dist.get_rank() % spec.tp], shapes)
         engine.shutdown()
     return found
