@@ -142,7 +142,7 @@ def _parts(backend: Backend, config: ModelConfig, precision: Precision, fp8: Fp8
             norm=RMSNorm,
             places=native_places.places(config),
         )
-    reason = unsupported(config, precision=precision, is_cuda=current_device().kind == "cuda")
+    reason = unsupported(config, precision=precision, fp8=fp8, is_cuda=current_device().kind == "cuda")
     if importlib.util.find_spec("transformer_engine") is None:
         reason = "Transformer Engine is not installed"
     if reason:

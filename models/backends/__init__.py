@@ -5,6 +5,7 @@ between them. Pure: imports neither torch nor Megatron.
 from typing import Literal
 
 from mtrl.models.config import ModelConfig
+from mtrl.models.precision import Fp8
 from mtrl.parallel.errors import ConfigError
 
 Backend = Literal["torch_native", "transformer_engine"]
@@ -14,7 +15,13 @@ _NEEDS_GPU = "Transformer Engine's modules run on a GPU alone"
 
 
 def choose_backend(
-    asked: BackendChoice, config: ModelConfig, *, precision: str, missing: str, is_cuda: bool
+    asked: BackendChoice,
+    config: ModelConfig,
+    *,
+    precision: str,
+    fp8: Fp8 | None = None,
+    missing: str,
+    is_cuda: bool,
 ) -> Backend:
     """The backend that a run uses: ``auto`` is ``transformer_engine`` wherever it can compute the model.
 
@@ -26,7 +33,7 @@ def choose_backend(
     if asked == "torch_native":
         return asked
     here = missing or ("" if is_cuda else _NEEDS_GPU)
-    reason = here or unsupported(config, precision=precision, is_cuda=is_cuda)
+    reason = here or unsupported(config, precision=precision, fp8=fp8, is_cuda=is_cuda)
     if not reason:
         return "transformer_engine"
     if asked == "auto":
@@ -34,8 +41,11 @@ def choose_backend(
     raise ConfigError(f"model.backend: transformer_engine: {reason}; write auto or torch_native")
 
 
-def unsupported(config: ModelConfig, *, precision: str, is_cuda: bool) -> str:
-    """Why the ``transformer_engine`` backend cannot compute this model, or ""."""
+def unsupported(config: ModelConfig, *, precision: str, fp8: Fp8 | None = None, is_cuda: bool) -> str:
+    """Why the ``transformer_engine`` backend cannot compute this model, or "".
+
+    ``precision`` is that of parameters and activations: ``"bf16"`` with FP8 too.
+    """
     parts = {
         "attention sinks": config.sinks,
         "sliding windows": any(config.windows),
@@ -49,4 +59,6 @@ def unsupported(config: ModelConfig, *, precision: str, is_cuda: bool) -> str:
         return "precision fp64: it has no products of float64"
     if precision == "fp32" and is_cuda:
         return "precision fp32: its attention over packed samples is of bf16"
+    if fp8 is not None and fp8.recipe == "fp8_delayed" and (fp8.bf16_first_layers or fp8.bf16_last_layers):
+        return "fp8_delayed: Megatron-Core's delayed scaling leaves no first or last layers in bf16"
     return ""

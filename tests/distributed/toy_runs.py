@@ -121,13 +121,13 @@ def each_case(cases: list[list[Any]]) -> Iterator[tuple[Any, int, str, str]]:
         parallel_groups.destroy()
 
 
-def load_toy(groups: Any, num_chunks: int, path: Path) -> Any:
-    """On a rank: the model of folder ``path`` with its weights."""
+def load_toy(groups: Any, num_chunks: int, path: Path, **options: Any) -> Any:
+    """On a rank: the model of folder ``path`` with its weights; ``options`` are those of ``build_model``."""
     from mtrl.models.builder import build_model
     from mtrl.models.families import load_model_config
     from mtrl.models.hf import load_hf
 
-    model = build_model(load_model_config(path), groups, num_chunks=num_chunks)
+    model = build_model(load_model_config(path), groups, num_chunks=num_chunks, **options)
     load_hf(model, path)
     return model
 

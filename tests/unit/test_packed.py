@@ -1,5 +1,7 @@
 """Packed attention equals attention to each segment by itself, whatever the lengths."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,3 +149,24 @@ def test_every_rank_attends_to_what_its_tokens_see_windows_and_sinks_included(
         # Without a process group the module gathers nothing: it is given what it would have gathered.
         found = attention(query[share], key[gathered], value[gathered], packed_seq_params=packed)
         torch.testing.assert_close(found, expected[share], rtol=1e-5, atol=1e-5)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), cp=st.sampled_from((1, 2, 4)))
+def test_spans_show_each_query_its_segment_up_to_itself(lengths: list[int], cp: int) -> None:
+    lengths = [*lengths, -sum(lengths) % (2 * cp) or 2 * cp]
+    total = sum(lengths)
+    gathered = torch.cat([zigzag_tokens(total, cp, rank) for rank in range(cp)])
+    starts = [sum(lengths[:number]) for number, length in enumerate(lengths) for _ in range(length)]
+    for rank in range(cp):
+        spans = PackedSegments.from_lengths(lengths, CPU, cp=cp, cp_rank=rank).spans
+        own, seen = zigzag_tokens(total, cp, rank).tolist(), gathered[spans.key_rows].tolist()
+        queries = list(itertools.pairwise(spans.query_bounds.tolist()))
+        keys = list(itertools.pairwise(spans.key_bounds.tolist()))
+        assert queries[-1][1] == len(own) and keys[-1][1] == len(seen)
+        for (low, high), (start, stop) in zip(queries, keys, strict=True):
+            for place in range(low, high):
+                # The last query of a span sees all its keys, each before it one fewer.
+                visible = seen[start : stop - (high - 1 - place)]
+                assert visible == list(range(starts[own[place]], own[place] + 1))
+        assert spans.longest_query == max(high - low for low, high in queries)
+        assert spans.longest_key == max(stop - start for start, stop in keys)

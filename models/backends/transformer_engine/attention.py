@@ -8,6 +8,7 @@ import enum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mtrl.models.packed import PackedSegments, Spans
 
@@ -30,7 +31,8 @@ class CoreAttention(TEDotProductAttention):  # type: ignore[misc]
     Transformer Engine is not told of context parallelism: its own cuts each sample into chunks, ours the row
     (docs/decisions/0007). Every rank gathers all keys and values, and attends from each run of its queries to
     the keys of their sample up to the run's end: sequences of unequal lengths, which Transformer Engine's
-    kernels take without padding.
+    kernels take without padding. Values of latent attention are padded to the keys' head dim, which its
+    kernels ask for in packed samples, as Megatron does from 0.19 on.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class CoreAttention(TEDotProductAttention):  # type: ignore[misc]
     ) -> None:
         alone = copy.copy(config)
         alone.context_parallel_size = 1
+        if "k_channels" in kwargs:
+            kwargs["v_channels"] = kwargs["k_channels"]
         super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
         self.gather_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
@@ -66,10 +70,15 @@ class CoreAttention(TEDotProductAttention):  # type: ignore[misc]
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, packed: Any
     ) -> torch.Tensor:
+        lacking = key.shape[-1] - value.shape[-1]
+        padded = F.pad(value, (0, lacking)) if lacking else value
         found: torch.Tensor = super().forward(
-            query, key, value, None, attn_mask_type=mask, packed_seq_params=packed
+            query, key, padded, None, attn_mask_type=mask, packed_seq_params=packed
         )
-        return found
+        if not lacking:
+            return found
+        by_head = found.view(*found.shape[:-1], query.shape[-2], key.shape[-1])
+        return by_head[..., : value.shape[-1]].flatten(-2)
 
     def _seen(
         self, key: torch.Tensor, value: torch.Tensor, spans: Spans

@@ -43,8 +43,8 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         for name, parameter in self.named_parameters():
             if "_down_proj." in name:
-                # Every tensor parallel rank holds it whole: Megatron 0.16 leaves Transformer Engine's mark of
-                # a shard, and counts it once a rank in the gradient norm.
+                # Every tensor parallel rank holds it whole. Megatron 0.16 leaves Transformer Engine's mark of
+                # a shard (TELinear, "duplicated"), so the gradient norm would count it once a rank.
                 parameter.tensor_model_parallel = False
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:

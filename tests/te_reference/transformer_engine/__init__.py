@@ -11,7 +11,6 @@ on ``sys.path`` in processes of their own.
 """
 
 import importlib.util
-import sys
 
 from transformer_engine import common, pytorch
 
@@ -21,4 +20,3 @@ __version__ = "2.9.0"
 
 if importlib.util.find_spec("transformer_engine_torch") is not None:
     raise ImportError("the reference stands for Transformer Engine where there is none; here there is one")
-assert "transformer_engine_torch" not in sys.modules

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformer_engine.pytorch.linears import TransformerEngineBaseModule
 
@@ -36,6 +36,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.num_groups = (num_gqa_groups or num_attention_heads) // tp_size
         self.softmax_scale = sizes[0] ** -0.5 if softmax_scale is None else softmax_scale
         self.qkv_format, self.attn_mask_type = qkv_format, attn_mask_type
+        self.register_load_state_dict_post_hook(_may_lack_extra_state)
 
     def forward(
         self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor,
@@ -53,6 +54,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         """
         assert window_size is None and core_attention_bias is None, "not in the reference"
         assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None, "not in the reference"
+        assert query_layer.dtype == key_layer.dtype == value_layer.dtype
         assert query_layer.shape[-2:] == (self.num_heads, self.hidden_size_per_attention_head_k)
         assert key_layer.shape[-2:] == (self.num_groups, self.hidden_size_per_attention_head_k)
         assert value_layer.shape[-2:] == (self.num_groups, self.hidden_size_per_attention_head_v)
@@ -74,6 +76,12 @@ class DotProductAttention(TransformerEngineBaseModule):
         batches = ((x.transpose(0, 1)[None] for x in each) for each in sequences)
         parts = [_attend(*batch, mask_type, self.softmax_scale) for batch in batches]
         return torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts])
+
+
+def _may_lack_extra_state(module: nn.Module, incompatible_keys: Any) -> None:
+    """Attention loads from checkpoints without its extra state, which Megatron writes none of."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.endswith("core_attention._extra_state")]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask_type: str, scale: float) -> Tensor:

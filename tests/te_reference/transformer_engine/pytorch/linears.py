@@ -20,14 +20,17 @@ class TransformerEngineBaseModule(nn.Module):
 
     fp8 = fp8_calibration = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp8_meta: dict[str, object] = {"fp8_checkpoint": False}
+
     def get_extra_state(self) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
         assert state is None or state.numel() == 0, "the reference has no FP8 state"
 
-    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        self.fp8_meta: dict[str, object] = {"fp8_checkpoint": False}
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
 
 
 class _Parallel(TransformerEngineBaseModule):
