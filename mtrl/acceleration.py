@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from mtrl.config import Config
 from mtrl.config_acceleration import BackendName, Fp8Section, MoeSection
-from mtrl.config_check import RANKS_PER_NODE
+from mtrl.config_check import RANKS_PER_NODE, rollout_spec
 from mtrl.models.config import ModelConfig
 from mtrl.models.precision import Fp8, Recipe
 from mtrl.parallel.capabilities import Survey, survey
 from mtrl.parallel.errors import ConfigError
 from mtrl.parallel.spec import ParallelSpec
+from mtrl.rollout.fp8_weights import check_sliced, fp8_names
 
 RECIPES: dict[str, Recipe] = {
     "fp8_blockwise": "fp8_blockwise",
@@ -67,6 +68,7 @@ def check_acceleration(
     _check_overlap(config, actor)
     _check_shared_experts(config, model)
     _check_backend(config, actor)
+    _check_fp8_rollout(config, model)
     for key, feature, instead in _asked(config):
         obstacle = ask().obstacle(feature)
         if obstacle:
@@ -87,6 +89,8 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "actor.moe.permute_fusion: true", "permute_fusion", "actor.moe.permute_fusion=false"
     if config.actor.tp_comm_overlap:
         yield "actor.tp_comm_overlap: true", "tp_comm_overlap", "actor.tp_comm_overlap=false"
+    if _has_fp8_rollout(config):
+        yield "rollout.dtype: fp8", "fp8_rollout", "rollout.dtype=bf16"
 
 
 def _check_fp8(config: Config, model: ModelConfig) -> None:
@@ -193,6 +197,17 @@ def _check_backend(config: Config, actor: ParallelSpec) -> None:
             f"with actor.sequence_parallel {config.actor.sequence_parallel}; write t2 or more and auto, or "
             "actor.tp_comm_overlap=false"
         )
+
+
+def _has_fp8_rollout(config: Config) -> bool:
+    return config.algorithm.name == "grpo" and config.rollout.dtype == "fp8"
+
+
+def _check_fp8_rollout(config: Config, model: ModelConfig) -> None:
+    """ModelError for a family whose experts are fused, LayoutError where experts are sliced within blocks."""
+    if _has_fp8_rollout(config):
+        fp8_names(model)
+        check_sliced(model, rollout_spec(config), expert_parallel=config.rollout.expert_parallel)
 
 
 def megatron_fields(config: Config, actor: ParallelSpec) -> dict[str, Any]:

@@ -190,8 +190,11 @@ class RolloutSection(Section):
     kv_cache_bytes: PositiveInt = 2**30
     """Memory of the KV cache, in bytes on each rank."""
 
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of the engine's weights; ``auto`` is ``model.precision``, bf16 for FP8."""
+    dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Dtype of the engine's weights; ``auto`` is ``model.precision``, bf16 for FP8. ``fp8``, on GPUs only:
+    layers' linears in e4m3 with a scale for 128 x 128, as DeepSeek-V3 is published, all else in bf16; a push
+    quantises before weights travel. Sampler and trainer then differ by FP8's rounding, which
+    ``algorithm.max_k3_kl`` has to allow."""
 
     verify: Literal["checksum", "logits", "off"] = "checksum"
     """What the first pushes are checked by: checksums of trainer's and engine's elements, or

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,15 +28,16 @@ from mtrl.preflight import Job
 from mtrl.probe import NUM_PROMPTS, NUM_TOKENS, Probe
 from mtrl.progress import open_progress
 from mtrl.resume import Position, Resumed, find
-from mtrl.rollout.vllm_engine import VllmEngine
+from mtrl.rollout.vllm_engine import Dtype, VllmEngine
 from mtrl.run_folder import RunFolder, write_atomically
 from mtrl.session import Sampling, Session
 from mtrl.trainer import Trainer
 from mtrl.weight_push.push import WeightPush
 
-_ENGINE_DTYPES: dict[str, tuple[Literal["float32", "bfloat16"], torch.dtype]] = {
+_ENGINE_DTYPES: dict[str, tuple[Dtype, torch.dtype]] = {
     "fp32": ("float32", torch.float32),
     "bf16": ("bfloat16", torch.bfloat16),
+    "fp8": ("fp8", torch.bfloat16),  # what is not quantised
 }
 
 

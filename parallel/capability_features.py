@@ -94,6 +94,16 @@ FEATURES: tuple[Feature, ...] = (
         symbols=("fused_weight_gradient_mlp_cuda:wgrad_gemm_accum_fp32",),
         built=False,
     ),
-    Feature(name="fp8_rollout", what="engines with FP8 weights", any_of=("vllm",), built=False),
+    Feature(
+        name="fp8_rollout",
+        what="rollout.dtype: fp8",
+        any_of=("vllm",),
+        hardware=Hardware(
+            sm=((8, 9),),
+            or_newer=True,
+            cuda=None,
+            source="Triton's e4m3 (fp8e4nv), of which vLLM's products of blocks are made",
+        ),
+    ),
 )
 """``fp8`` in a requirement stands for any of the three fp8 features (capabilities.py)."""
