@@ -99,7 +99,7 @@ def build_model(
         groups: the layout's process groups.
         precision: dtype of parameters and activations.
         fp8: how the layers' linears compute in FP8; None: in ``precision``.
-        backend: which modules compute it; `mtrl.models.backends.choose_backend` gives one.
+        backend: which modules compute it.
         num_chunks: virtual pipeline size; 1 is a plain pipeline.
         overrides: fields of Megatron's ``TransformerConfig``.
 
@@ -142,7 +142,7 @@ def _parts(backend: Backend, config: ModelConfig, precision: Precision, fp8: Fp8
             norm=RMSNorm,
             places=native_places.places(config),
         )
-    reason = unsupported(config, precision=precision, fp8=fp8, is_cuda=current_device().kind == "cuda")
+    reason = unsupported(config, precision=precision, is_cuda=current_device().kind == "cuda")
     if importlib.util.find_spec("transformer_engine") is None:
         reason = "Transformer Engine is not installed"
     if reason:
