@@ -4,6 +4,7 @@ Rules between keys come first, since they hold on any machine; then the one plac
 and works here (`mtrl.parallel.capabilities`), asked once and only for what goes beyond plain torch.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal
@@ -23,6 +24,7 @@ RECIPES: dict[str, Recipe] = {
     "fp8_delayed": "fp8_delayed",
     "mxfp8": "mxfp8",
 }
+_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _FLEX = ("deepep", "hybridep")
 # DeepEP's readme measures its kernels with 24 SMs; Megatron-Core's default is 20.
 _SMS_ON_A_NODE, _SMS_ACROSS = 20, 24
@@ -69,6 +71,7 @@ def check_acceleration(
     _check_shared_experts(config, model)
     _check_backend(config, actor)
     _check_fp8_rollout(config, model)
+    _check_memory(config)
     for key, feature, instead in _asked(config):
         obstacle = ask().obstacle(feature)
         if obstacle:
@@ -89,6 +92,8 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "actor.moe.permute_fusion: true", "permute_fusion", "actor.moe.permute_fusion=false"
     if config.actor.tp_comm_overlap:
         yield "actor.tp_comm_overlap: true", "tp_comm_overlap", "actor.tp_comm_overlap=false"
+    if config.rollout.sleep:
+        yield "rollout.sleep: true", "sleep", "rollout.sleep=false"
     if _has_fp8_rollout(config):
         yield "rollout.dtype: fp8", "fp8_rollout", "rollout.dtype=bf16"
 
@@ -208,6 +213,22 @@ def _check_fp8_rollout(config: Config, model: ModelConfig) -> None:
     if _has_fp8_rollout(config):
         fp8_names(model)
         check_sliced(model, rollout_spec(config), expert_parallel=config.rollout.expert_parallel)
+
+
+def _check_memory(config: Config) -> None:
+    has_engine, settings = config.algorithm.name == "grpo", os.environ.get(_ALLOCATOR, "")
+    if not has_engine and config.actor.offload != "none":
+        raise ConfigError(
+            f"actor.offload: given {config.actor.offload} with sft, which has no engine to make room for; write "
+            "none"
+        )
+    if not has_engine and config.rollout.sleep:
+        raise ConfigError("rollout.sleep: true with sft, which has no engine; write false")
+    if config.rollout.sleep and "expandable_segments:True" in settings.replace(" ", ""):
+        raise ConfigError(
+            f"rollout.sleep: true, but {_ALLOCATOR} is {settings!r}, under which vLLM gives no memory back; "
+            "unset expandable_segments there, or write rollout.sleep=false"
+        )
 
 
 def megatron_fields(config: Config, actor: ParallelSpec) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mtrl.config_types import (
     Section,
 )
 
+Offload = Literal["none", "optimizer", "all"]
 Decay = Literal["constant", "cosine", "linear"]
 RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts", "mla_up_proj", "layernorm"]
 
@@ -153,6 +154,10 @@ class ActorSection(Section):
     """What ``selective`` recomputes: ``moe`` is a layer's router and experts, ``mlp`` a dense layer's; no
     effect otherwise. Megatron's ``moe_act`` is left out: it needs a grouped GEMM that is not used here."""
 
+    offload: Offload = "none"
+    """What of the trainer moves to host memory while the engine samples: ``optimizer`` is its state and the
+    gradients, ``all`` the weights too. No effect on a result; for sft, which has no engine, ``none``."""
+
     virtual_pipeline_size: PositiveInt | None = None
     """Model chunks a pipeline stage holds (interleaved schedule); null for one. Needs ``p2`` or more."""
 
@@ -183,6 +188,9 @@ class RolloutSection(Section):
 
     top_p: Annotated[float, Range(low=0.0, high=1.0, above=True)] = 1.0
     """Sample among the likeliest tokens that together have this probability; grpo needs 1: among all."""
+
+    sleep: bool = False
+    """Give the engine's memory, weights and KV cache, to the trainer while it trains; on a GPU only."""
 
     max_num_seqs: PositiveInt = 256
     """Sequences an engine decodes at a time."""

@@ -17,6 +17,7 @@ from mtrl.checkpoint.format import PhaseName
 from mtrl.checkpoint.reference import load_reference
 from mtrl.checkpoint.save import Checkpointer, copy_tokenizer
 from mtrl.data.order import DataCursor
+from mtrl.memory import Memory
 from mtrl.metrics import MetricsWriter
 from mtrl.models.builder import Model, build_model
 from mtrl.models.hf import initialize, load_hf
@@ -55,7 +56,7 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         deterministic=config.deterministic,
     )
     start = time.perf_counter()
-    sampling = _start_engine(job, folder, model) if job.rollout is not None else None
+    sampling = _start_engine(job, folder, trainer) if job.rollout is not None else None
     if sampling is not None and resumed is not None:
         sampling.policy_version = resumed.state.policy_version - 1  # the first push makes it that
     if sampling is not None and config.rollout.verify == "logits":
@@ -151,7 +152,7 @@ def _megatron_fields(job: Job) -> dict[str, Any]:
     return fields
 
 
-def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
+def _start_engine(job: Job, folder: RunFolder, trainer: Trainer) -> Sampling:
     """Start vLLM on these ranks, from a folder that holds the model's config and tokenizer."""
     assert job.rollout is not None
     config, home = job.config.rollout, folder.path / "engine"
@@ -174,16 +175,18 @@ def _start_engine(job: Job, folder: RunFolder, model: Model) -> Sampling:
         seed=job.config.seed,
         kv_cache_bytes=config.kv_cache_bytes,
         expert_parallel=config.expert_parallel,
+        sleeps=config.sleep,
     )
     push = WeightPush(
-        model,
+        trainer.model,
         engine,
         dtype,
         bucket_bytes=config.push_bucket_bytes,
         transport=config.push_transport,
         num_verified=config.verify_pushes if config.verify == "checksum" else 0,
     )
-    return Sampling(engine=engine, push=push)
+    memory = Memory(trainer.shelves(), engine if config.sleep else None, job.config.actor.offload)
+    return Sampling(engine=engine, push=push, memory=memory)
 
 
 def _probe(job: Job, sampling: Sampling, trainer: Trainer) -> Probe:

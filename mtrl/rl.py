@@ -39,6 +39,7 @@ def train_rl(session: Session) -> None:
         cursor, count = session.position.cursor, algorithm.prompts_per_step or 1
         prompts, cursor = next_prompts(job.train_prompts, cursor, count)
         with watch("generate_s"):
+            session.turn_to("sampling")
             completions = sample_on_all(sampling.engine, prompts, drawn, seed=config.seed)
         with watch("reward_s"):
             rewards = score_on_all(job.reward, prompts, completions)
@@ -65,6 +66,7 @@ def update(
     num_minibatches, loss = algorithm.minibatches_per_step, GrpoLoss(algorithm)
     batches = [session.microbatches(samples[n::num_minibatches]) for n in range(num_minibatches)]
     with watch("logprobs_s"):
+        session.turn_to("training")
         if num_minibatches > 1:  # else the policy has not moved when it is trained: see GrpoLoss
             batches = [with_logprobs(batch, old=trainer.policy.logprobs(batch)) for batch in batches]
         if reference is not None:

@@ -20,6 +20,7 @@ from mtrl.checkpoint.save import Checkpointer, Contents
 from mtrl.config_engines import Decay
 from mtrl.data.order import DataCursor
 from mtrl.exchange import sum_over_ranks
+from mtrl.memory import Memory, Stage
 from mtrl.metrics import EvaluationMetrics, MetricsWriter, Stopwatch, peak_memory
 from mtrl.models.builder import Model
 from mtrl.parallel.device import current_device
@@ -41,22 +42,38 @@ from mtrl.weight_push.push import WeightPush
 class Sampling:
     """The engine, its push, and the version of the weights it holds.
 
-    ``check`` is run after each of the next ``num_checked`` pushes.
+    ``check`` is run after each of the next ``num_checked`` pushes. ``memory`` makes room for each of them.
     """
 
     engine: VllmEngine
     push: WeightPush
+    memory: Memory
     policy_version: int = 0
     check: Callable[[], None] | None = None
     num_checked: int = 0
 
     def take_over_weights(self) -> int:
         """Push the trainer's weights under the next version; bytes this rank received. Collective."""
-        received = self.push.run(policy_version=self.policy_version + 1)
+        received = self._push(self.policy_version + 1)
         self.policy_version += 1
         if self.check is not None and self.num_checked > 0:
             self.num_checked -= 1
+            self.memory.to("check")
             self.check()
+        return received
+
+    def turn_to(self, stage: Stage) -> None:
+        """Give this device's memory to who works next. An engine that slept since the last push, as for a
+        checkpoint, is given the same weights again. Collective.
+        """
+        if stage == "sampling" and self.memory.is_engine_empty:
+            self._push(self.policy_version)
+        self.memory.to(stage)
+
+    def _push(self, policy_version: int) -> int:
+        self.memory.to("push")
+        received = self.push.run(policy_version=policy_version)
+        self.memory.filled()
         return received
 
 
@@ -82,6 +99,11 @@ class Session:
     stop: StopRequest = field(default_factory=StopRequest)
     engine_start_s: float | None = None
     summary: dict[str, Json] = field(default_factory=dict)
+
+    def turn_to(self, stage: Stage) -> None:
+        """Give this device's memory to who works next; see ``memory.py``."""
+        if self.sampling is not None:
+            self.sampling.turn_to(stage)
 
     def stopwatch(self) -> Stopwatch:
         """A stopwatch that waits for the GPU where there is one."""
@@ -110,6 +132,7 @@ class Session:
             num_samples=1,
             stop_token_ids=self.job.stop_token_ids,
         )
+        self.turn_to("sampling")
         completions = sample_on_all(self.sampling.engine, prompts, greedy, seed=self.job.config.seed)
         rewards = score_on_all(reward, prompts, completions)
         accuracy = sum(rewards) / len(rewards)
@@ -147,6 +170,7 @@ class Session:
 
         Collective over WORLD; the settings are `Trainer.start_phase`'s.
         """
+        self.turn_to("training")
         self.trainer.start_phase(total_steps=total_steps, lr=lr, warmup_steps=warmup_steps, decay=decay)
         if self.resumed is not None and not self.has_trained and self.resumed.state.phase == phase:
             self._go_on(self.resumed)
@@ -197,6 +221,7 @@ class Session:
 
     def save(self) -> Path:
         """Write a checkpoint of this step. Collective over WORLD."""
+        self.turn_to("training")
         config = self.job.config
         path = step_path(self.folder.checkpoints_path, self.step)
         self.summary["model_path"] = str(path)
@@ -253,6 +278,7 @@ class Session:
                 sum_over_ranks(float(self.sampling.push.extra_bytes if self.sampling else 0))
             ),
             "engine_start_s": self.engine_start_s,
+            "memory_moves": self.sampling.memory.report() if self.sampling else [],
             "seconds_total": time.time() - self.started_at,
         }
         if self.folder.is_writer:

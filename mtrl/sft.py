@@ -27,6 +27,7 @@ def train_sft(
         watch = session.stopwatch()
         indices, cursor = session.position.cursor.take(samples_per_step)
         with watch("train_s"):
+            session.turn_to("training")
             result = trainer.step(session.microbatches([samples[i] for i in indices]), loss)
         session.advance(cursor)
         metrics = StepMetrics(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.config_engines import Decay, OptimizerSection, RouterSection
+from mtrl.memory import Part, Shelf
 from mtrl.models.builder import Model
 from mtrl.models.router import RouterLosses, RouterReport, Routers
 from mtrl.parallel.device import current_device
@@ -195,6 +196,33 @@ class Trainer:
             highest = [max((float(part[name]) for part in parts), default=-math.inf) for name in maxima]
             joined.update(zip(maxima, _reduced(highest, dist.ReduceOp.MAX), strict=True))
         return joined
+
+    def held(self, part: Part) -> list[Tensor]:
+        """What this rank keeps on its device of a part that can be put away."""
+        weights = list(self.model.tensors().values())
+        if part == "weights":
+            return weights
+        if part == "gradients":
+            buffers = [each for c in self.chunks for each in (*c.buffers, *c.expert_parallel_buffers)]
+            return [each.grad_data for each in buffers]
+        # None before the first phase; in fp32 Adam updates the weights themselves.
+        whole = getattr(self, "optimizer", None)
+        parts = [each for each in getattr(whole, "chained_optimizers", [whole]) if each is not None]
+        adams = [each.optimizer for each in parts if not getattr(each, "is_stub_optimizer", False)]
+        found = [tensor for adam in adams for group in adam.param_groups for tensor in group["params"]]
+        states = [state for adam in adams for state in adam.state.values()]
+        found += [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        own = {tensor.untyped_storage()._cdata for tensor in weights}
+        kind = current_device().torch_device.type  # counts of steps are on the host
+        return [t for t in found if t.device.type == kind and t.untyped_storage()._cdata not in own]
+
+    def shelves(self) -> dict[Part, Shelf]:
+        """The parts that can be put away while the engine samples."""
+        return {
+            "weights": Shelf(partial(self.held, "weights")),
+            "gradients": Shelf(partial(self.held, "gradients"), keeps=False),
+            "optimizer": Shelf(partial(self.held, "optimizer")),
+        }
 
     @contextmanager
     def weights_swapped(self, weights: Sequence[Tensor]) -> Iterator[None]:

@@ -7,7 +7,7 @@ from mtrl.parallel.capability_table import Hardware, PackageName
 
 FeatureName = Literal[
     "train", "rollout", "fused_adam", "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
-    "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "fp8_rollout",
+    "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "fp8_rollout", "sleep",
 ]  # fmt: skip
 
 
@@ -93,6 +93,14 @@ FEATURES: tuple[Feature, ...] = (
         any_of=("apex",),
         symbols=("fused_weight_gradient_mlp_cuda:wgrad_gemm_accum_fp32",),
         built=False,
+    ),
+    Feature(
+        name="sleep",
+        what="rollout.sleep: an engine that gives its memory back",
+        any_of=("vllm",),
+        hardware=Hardware(
+            sm=((7, 0),), or_newer=True, cuda=(12, 0), source="vLLM: its allocator for sleep mode"
+        ),
     ),
     Feature(
         name="fp8_rollout",

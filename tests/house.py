@@ -66,6 +66,7 @@ READING_ORDER = (
     "mtrl/losses.py",
     "mtrl/policy.py",
     "mtrl/objectives.py",
+    "mtrl/memory.py",
     "mtrl/trainer.py",
     "mtrl/run_folder.py",
     "mtrl/metrics.py",

@@ -1,7 +1,7 @@
 """The real vLLM inside the trainer's process: one replica's share on each rank.
 
 Under ``vllm:dNtM`` ranks ``i*M .. i*M+M-1`` are replica ``i``. Runs on CPU over gloo; written for CUDA too,
-where it has not been run. Left out: engine pipeline parallelism, CUDA graphs, sleep mode, adapters.
+where it has not been run. Left out: engine pipeline parallelism, CUDA graphs, adapters.
 """
 
 import gc
@@ -67,13 +67,15 @@ class VllmEngine:
         seed: int,
         kv_cache_bytes: int,
         expert_parallel: bool = False,
+        sleeps: bool = False,
     ) -> "VllmEngine":
         """Build this rank's share of the engine, with random weights. Collective over WORLD, which exists.
 
         ``model_dir`` holds ``config.json`` and, if completions are to have text, a tokenizer; weights in it
         are not read. ``max_model_len`` counts prompt and completion, in tokens; ``max_num_seqs`` are sampled
         together; ``kv_cache_bytes`` is allocated on each rank at once. ``expert_parallel`` spreads whole
-        experts over the replica's ranks, else each expert is sliced. LayoutError if the spec does not fit
+        experts over the replica's ranks, else each expert is sliced. ``sleeps`` lets `sleep` give memory
+        back, on a GPU. LayoutError if the spec does not fit
         the world, ModelError without a usable config, RolloutError if vLLM refuses.
         """
         vllm_build.check_spec(model_dir, spec)
@@ -86,7 +88,7 @@ class VllmEngine:
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             kv_cache_memory_bytes=kv_cache_bytes, enforce_eager=True, async_scheduling=False,
             logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
-            trust_remote_code=False, enable_prefix_caching=True,
+            trust_remote_code=False, enable_prefix_caching=True, enable_sleep_mode=sleeps,
             hf_overrides=vllm_build.overrides(model_dir, fp8=is_fp8),
         )  # fmt: skip
         arguments |= vllm_build.device_arguments(
@@ -101,6 +103,18 @@ class VllmEngine:
             llm = vllm_build.build(arguments)
             decode = vllm_build.load_decoder(model_dir)
             return cls(llm=llm, spec=spec, max_model_len=max_model_len, decode=decode, dtype=dtype)
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back to the GPU; without a push this engine then refuses to sample.
+
+        Collective over the engine's ranks. Not run yet: vLLM has it on GPUs alone.
+        """
+        self._policy_version = None
+        self._llm.sleep(level=2)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory for ``part`` again, at the same addresses."""
+        self._llm.wake_up(tags=[part])
 
     @property
     def replica_index(self) -> int:

@@ -101,7 +101,8 @@ class WeightPush:
         self._checksums, self._num_verified = Checksums(self.plan, views, dtype), num_verified
         own: Mapping[str, Tensor] = {f"{name} (chunk {n})": p for (n, name), p in model.parameters().items()}
         live = [*((own, name) for name in own), *engine.live_parameters()]
-        self._storage = [(owner, name, owner[name].data_ptr()) for owner, name in live]
+        # Storages, not addresses: what is put away and brought back (memory.py) may lie elsewhere.
+        self._storage = [(owner, name, owner[name].untyped_storage()) for owner, name in live]
         self._spot = 0
 
     @property
@@ -177,7 +178,7 @@ class WeightPush:
         """Look at some tensors each time, so that the cost does not grow with their number."""
         live = self._storage[self._spot : self._spot + NUM_SPOT_CHECKS]
         self._spot = self._spot + NUM_SPOT_CHECKS if len(live) == NUM_SPOT_CHECKS else 0
-        moved = [name for owner, name, pointer in live if owner[name].data_ptr() != pointer]
+        moved = [name for owner, name, was in live if owner[name].untyped_storage()._cdata != was._cdata]
         if moved:
             raise WeightError(
                 f"{moved[0]} is not where it was when the push was planned, in trainer or engine; make a new "

@@ -110,15 +110,22 @@ def test_context_parallel_ranks_train_the_policy_that_data_parallel_ranks_do(
         assert each["k3_kl"] <= 1e-6 and each["ref_kl"] > 0
 
 
+@pytest.fixture(scope="module")
+def bf16(world: World, toy: Path, checkpoint: Path) -> Path:
+    return run(world, toy, "bf16", *in_bf16(checkpoint))
+
+
+def in_bf16(checkpoint: Path) -> list[str]:
+    return [
+        "model.init=null", f"model.path={checkpoint}", "model.tokenizer=null", "model.precision=bf16",
+        "algorithm.max_k3_kl=0.05", "algorithm.warm_start=null", "data.warm_start=null",
+        "algorithm.total_steps=2",
+    ]  # fmt: skip
+
+
 @pytest.mark.vllm
-def test_bf16_goes_on_from_a_checkpoint_and_stays_near_its_sampler(
-    world: World, toy: Path, checkpoint: Path
-) -> None:
-    folder = run(
-        world, toy, "bf16", "model.init=null", f"model.path={checkpoint}", "model.tokenizer=null",
-        "model.precision=bf16", "algorithm.max_k3_kl=0.05", "algorithm.warm_start=null",
-        "data.warm_start=null", "algorithm.total_steps=2",
-    )  # fmt: skip
+def test_bf16_goes_on_from_a_checkpoint_and_stays_near_its_sampler(bf16: Path) -> None:
+    folder = bf16
     steps = lines(folder / "metrics.jsonl")
     # bf16 has 8 bits of mantissa: far from fp32's 1e-13, and no more than a few hundredths.
     assert all(1e-10 < each["k3_kl"] < 0.05 for each in steps)
@@ -126,6 +133,27 @@ def test_bf16_goes_on_from_a_checkpoint_and_stays_near_its_sampler(
     assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
+
+
+@pytest.mark.vllm
+def test_a_trainer_that_makes_room_while_the_engine_samples_trains_the_same(
+    world: World, toy: Path, checkpoint: Path, bf16: Path
+) -> None:
+    folder = run(world, toy, "offload", *in_bf16(checkpoint), "actor.offload=all", "checkpoint.every_steps=1")
+
+    def numbers(path: Path) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in step.items() if not key.endswith("_s")}
+            for step in lines(path / "metrics.jsonl")
+        ]
+
+    assert numbers(folder) == numbers(bf16)
+    moves = json.loads((folder / "summary.json").read_text())["memory_moves"]
+    assert [each["what"] for each in moves if each["stage"] == "push"] == [
+        "gradients put away", "optimizer put away"
+    ]  # fmt: skip
+    assert [each["what"] for each in moves if each["stage"] == "sampling"] == ["weights put away"]
+    assert len([each for each in moves if each["stage"] == "training"]) == 3
 
 
 def test_sft_alone_learns_and_starts_no_engine(world: World, toy: Path) -> None:

@@ -88,7 +88,7 @@ class Ways:
         data = owner[name].data
         owner[name].data = data.clone() if dist.get_rank() == 0 else data
         self.push._spot = 0
-        self.push._storage.insert(0, (owner, name, data.data_ptr()))
+        self.push._storage.insert(0, (owner, name, data.untyped_storage()))
         try:
             self.push.run(policy_version=2)
         finally:

@@ -98,6 +98,8 @@ RULES: dict[str, tuple[list[str], str]] = {
         [SHARED, "actor.recompute=selective", "actor.recompute_modules=[shared_experts]"],
         "with recompute_modules that hold shared_experts",
     ),
+    "offloading without an engine": (["actor.offload=all"], "sft, which has no engine to make room for"),
+    "sleep without an engine": (["rollout.sleep=true"], "rollout.sleep: true with sft"),
     "user buffers in plain torch": (
         ["actor.tp_comm_overlap=true"],
         "actor.tp_comm_overlap: true with torch_native, which has no such buffers",
@@ -237,3 +239,29 @@ def test_options_are_these_fields_of_megatrons(
 ) -> None:
     given = config(tmp_path, *overrides)
     assert megatron_fields(given, actor_spec(given)) == fields
+
+
+GRPO = ["algorithm.name=grpo", "rollout.backend=vllm:d2"]
+
+
+def test_an_engine_that_sleeps_is_refused_where_vllm_has_none(tmp_path: Path, model: ModelConfig) -> None:
+    given = config(tmp_path, *GRPO, "rollout.sleep=true")
+    obstacle = this_machine().obstacle("sleep")
+    if not obstacle:
+        check_acceleration(given, actor_spec(given), model)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_acceleration(given, actor_spec(given), model)
+    assert f"rollout.sleep: true, which cannot be had here: {obstacle}" in str(caught.value)
+
+
+def test_an_engine_that_sleeps_is_refused_beside_expandable_segments(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config(tmp_path, *GRPO, "rollout.sleep=true", "actor.offload=all")
+    check_acceleration(given, actor_spec(given), model, able)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments: True")
+    with pytest.raises(
+        ConfigError, match="gives no memory back; unset expandable_segments"
+    ):
+        check_acceleration(given, actor_spec(given), model, able)
