@@ -55,7 +55,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: str, specs: list[str]) -> dict[str, Found]:
+def train(folder: str, specs: list[str], backend: Any = "torch_native") -> dict[str, Found]:
     """On a rank: two steps in every way, with losses of routers, whose counts must not double."""
     from mtrl.objectives import SftLoss
     from mtrl.parallel import groups as parallel_groups
@@ -67,7 +67,7 @@ def train(folder: str, specs: list[str]) -> dict[str, Found]:
         parallel_groups.seed_everything(1, groups)
         for toy in TOYS:
             for way in ways_of(toy, spec):
-                model, checkpoints = build(groups, Path(folder) / toy, WAYS[way])
+                model, checkpoints = build(groups, Path(folder) / toy, WAYS[way], backend)
                 trainer = open_trainer(model, router_section("glm4 moe", "sequence"))
                 steps = [trainer.step(microbatches(model, batch(n)), SftLoss()) for n in range(2)]
                 found[f"{spec} {toy} {way}"] = {
@@ -80,7 +80,7 @@ def train(folder: str, specs: list[str]) -> dict[str, Found]:
     return found
 
 
-def build(groups: Any, path: Path, way: list[Any]) -> tuple[Any, list[str]]:
+def build(groups: Any, path: Path, way: list[Any], backend: Any) -> tuple[Any, list[str]]:
     """The model; and a list that grows with every region that is run without keeping activations."""
     from mtrl.models.builder import build_model
     from mtrl.models.families import load_model_config
@@ -89,7 +89,7 @@ def build(groups: Any, path: Path, way: list[Any]) -> tuple[Any, list[str]]:
 
     from megatron.core.tensor_parallel import random
 
-    model = build_model(load_model_config(path), groups, **recompute_fields(*way))
+    model = build_model(load_model_config(path), groups, backend=backend, **recompute_fields(*way))
     load_hf(model, path)
     regions: list[str] = []
     for name in ("CheckpointFunction", "CheckpointWithoutOutputFunction"):
