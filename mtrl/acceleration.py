@@ -219,8 +219,8 @@ def _check_memory(config: Config) -> None:
     has_engine, settings = config.algorithm.name == "grpo", os.environ.get(_ALLOCATOR, "")
     if not has_engine and config.actor.offload != "none":
         raise ConfigError(
-            f"actor.offload: given {config.actor.offload} with sft, which has no engine to make room for; write "
-            "none"
+            f"actor.offload: given {config.actor.offload} with sft, which has no engine to make room for; "
+            "write none"
         )
     if not has_engine and config.rollout.sleep:
         raise ConfigError("rollout.sleep: true with sft, which has no engine; write false")
