@@ -16,6 +16,7 @@ from torch import Tensor
 from mtrl.batch import Completion, Prompt
 from mtrl.config_engines import OptimizerSection
 from mtrl.exchange import max_over_ranks
+from mtrl.models.backends import Backend
 from mtrl.models.builder import Model, build_model
 from mtrl.models.families import family_of, load_model_config
 from mtrl.models.gather import held_boxes
@@ -57,6 +58,7 @@ class Case:
     temperature: float = 1.0
     nodes: tuple[int, ...] = ()
     transport: TransportName = "auto"
+    backend: Backend = "torch_native"
 
     @property
     def name(self) -> str:
@@ -70,6 +72,7 @@ class Case:
             *([f"temperature{self.temperature}"] if self.temperature != 1.0 else []),
             *([f"nodes{''.join(map(str, self.nodes))}"] if self.nodes else []),
             *([self.transport] if self.transport != "auto" else []),
+            *([self.backend] if self.backend != "torch_native" else []),
         ]
         return " ".join([self.actor, self.rollout, *flags])
 
@@ -148,7 +151,7 @@ def open_case(case: Case, folder: Path) -> tuple[Model, Trainer, VllmEngine, Wei
         RankLayout.from_spec(parse_training_spec(case.actor)), virtual_pipeline_size=case.num_chunks
     )
     groups.seed_everything(1, parallel)
-    model = build_model(config, parallel, num_chunks=case.num_chunks)
+    model = build_model(config, parallel, num_chunks=case.num_chunks, backend=case.backend)
     load_hf(model, folder) if case.toy else initialize(model, seed=3)
     trainer = Trainer(model, OptimizerSection(lr=0.02, beta2=0.99), temperature=case.temperature)
     trainer.start_phase(total_steps=NUM_UPDATES, lr=0.02, warmup_steps=0)
