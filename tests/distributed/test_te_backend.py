@@ -22,6 +22,7 @@ from tests.family_toys import FAMILY_TOYS, build_family_toy, save
 
 REFUSED = {"gpt oss": "attention sinks, sliding windows"}
 FAMILIES = tuple(toy for toy in FAMILY_TOYS if toy not in REFUSED)
+FUSED = "qwen3 moe"
 FOLDED = "megatron:(attn:t2|ffn:e2)"
 # Latent norms' epsilon is not the config's: apart from the usual 1e-6 that shows.
 NORM_EPS = {"deepseek v3": 1e-2, "moonlight": 1e-2}
@@ -66,6 +67,8 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fields = {"rms_norm_eps": NORM_EPS[toy]} if toy in NORM_EPS else {}
         model = build_family_toy(toy, seed=5, **fields)
         save(model, folder / toy)
+        if toy == FUSED:
+            save(model, folder / f"{toy} fused", save_original_format=False)
         with torch.no_grad():
             logits = {
                 str(sample.sample_id): model(torch.tensor([sample.tokens])).logits[0]
@@ -113,6 +116,24 @@ def test_logits_equal_those_of_transformers(compared: dict[str, Any], toy: str) 
 def test_what_was_loaded_is_exported_bit_by_bit(compared: dict[str, Any], toys: Path, toy: str) -> None:
     expected = load_file(toys / toy / "model.safetensors")
     found = load_file(toys / "out" / toy / "model.safetensors")
+    assert set(found) == set(expected)
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+def read_fused(folder: str) -> None:
+    """Load a folder whose experts are one tensor a layer, and export it to ``folder/out/fused``."""
+    from mtrl.models.hf import export_hf
+
+    for groups, *_ in each_case([[FOLDED, 1, FUSED, "fused"]]):
+        model = load_toy(groups, 1, Path(folder) / f"{FUSED} fused", backend="transformer_engine")
+        export_hf(model, Path(folder) / "out" / "fused")
+
+
+def test_experts_of_one_tensor_are_read_too(te_world: World, toys: Path) -> None:
+    te_world.run(read_fused, {"folder": str(toys)}, size=2)
+    expected = load_file(toys / FUSED / "model.safetensors")
+    assert expected.keys() != load_file(toys / f"{FUSED} fused" / "model.safetensors").keys()
+    found = load_file(toys / "out" / "fused" / "model.safetensors")
     assert set(found) == set(expected)
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 

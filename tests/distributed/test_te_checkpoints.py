@@ -22,6 +22,8 @@ from tests.distributed.toy_runs import each_case, load_toy
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy, save
 
+pytestmark = pytest.mark.one_stack
+
 SPEC = "megatron:(attn:t2|ffn:e2)"
 TOYS = ("qwen2 moe", "deepseek v3", "moonlight")
 METADATA = {"non_homogeneous_layers": True}
