@@ -163,3 +163,14 @@ def test_sft_alone_learns_and_starts_no_engine(world: World, toy: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert "engine" not in names and "reward.png" not in names
     assert (folder / "checkpoints" / "step_000004" / "tokenizer.json").is_file()
+
+
+def test_sft_in_fp8_by_another_dispatcher_writes_bf16(world: World, toy: Path) -> None:
+    folder = run(
+        world, toy, "fp8", "model.precision=fp8_blockwise", "model.fp8.gradients=e5m2",
+        "actor.moe.dispatcher=allgather", config="sft",
+    )  # fmt: skip
+    steps = lines(folder / "metrics.jsonl")
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    with safe_open(folder / "checkpoints" / "step_000004" / "model.safetensors", framework="pt") as file:
+        assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
