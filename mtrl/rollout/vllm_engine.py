@@ -270,8 +270,6 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         """Free the engine's memory and groups; torch.distributed and the trainer's groups stay."""
-        from vllm.distributed.parallel_state import destroy_model_parallel
-
         if self._llm is None:
             return
         with vllm_process.as_guest():
@@ -279,8 +277,10 @@ class VllmEngine:
             # The core's own shutdown would destroy torch.distributed too.
             core.model_executor.shutdown()
             core.scheduler.shutdown()
-            destroy_model_parallel()
-        self._llm = self._model = self._loader = None  # type: ignore[assignment]
+            vllm_process.release_groups()
+        self._llm = self._model = self._worker = None
+        self._loader = self._group = None  # type: ignore[assignment]
+        self._derived = []
         self._policy_version = None
         gc.unfreeze()
         gc.collect()

@@ -152,6 +152,17 @@ def as_guest() -> Iterator[None]:
         yield
 
 
+def release_groups() -> None:
+    """Destroy vLLM's process groups, and with them gloo's three threads for each; WORLD stays."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    # vLLM keeps its copy of WORLD until it destroys torch.distributed as a whole.
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._INNER_DP_WORLD = None
+
+
 def _current() -> dict[tuple[int, str], Any]:
     # vars() rather than getattr(): a method must be put back as the attribute it was.
     return {

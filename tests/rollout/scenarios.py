@@ -62,6 +62,11 @@ def updates_alone(folder: str) -> dict[str, Any]:
     return found
 
 
+def left_behind() -> dict[str, int]:
+    """Process groups, and threads of this process."""
+    return {"groups": len(dist.distributed_c10d._world.pg_map), "threads": len(os.listdir("/proc/self/task"))}
+
+
 def updates_together(folder: str) -> dict[str, Any]:
     """World of two: one engine of two ranks, in each way of cutting a model, and its refusals."""
     found: dict[str, Any] = {}
@@ -69,6 +74,7 @@ def updates_together(folder: str) -> dict[str, Any]:
         ("dense", "dense", False, False), ("dense tied", "dense", True, False), ("moe", "moe", False, False),
         ("moe expert parallel", "moe", False, True), ("moe tied expert parallel", "moe", True, True),
     ]  # fmt: skip
+    found["left behind"] = [left_behind()]
     for name, kind, tied, expert_parallel in cases:
         engine = create(folder, kind, "vllm:t2", tied=tied, expert_parallel=expert_parallel)
         found[name] = three_updates(engine, kind, tied=tied)
@@ -81,6 +87,7 @@ def updates_together(folder: str) -> dict[str, Any]:
         if name == "moe expert parallel":
             found["refusals"] = _refusals_together(engine)
         engine.shutdown()
+        found["left behind"].append(left_behind())
     return found
 
 

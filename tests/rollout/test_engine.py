@@ -53,6 +53,16 @@ def test_completions_come_by_prompt_then_by_sample(scenario: Scenario) -> None:
     assert result["moe"]["order"] == wanted
 
 
+def test_shutdown_leaves_no_process_groups_and_engines_leave_no_more_threads_each(scenario: Scenario) -> None:
+    for result in scenario("updates_together", 2):
+        first, *after = result["left behind"]
+        assert {each["groups"] for each in after} == {first["groups"]}
+        # Those of libraries that the first engine loads stay. An engine of two has some 45 of its own, gloo's
+        # three for each group among them; one group may still wait for its last reference to go.
+        threads = [each["threads"] for each in after]
+        assert max(threads) <= threads[0] + 3
+
+
 def test_shutdown_leaves_torch_distributed_and_room_for_the_next_engine(scenario: Scenario) -> None:
     (result,) = scenario("updates_alone", 1)
     assert result["distributed_survives"] and set(ALONE) <= set(result)

@@ -152,6 +152,7 @@ PRIVATE = (
     "vllm.distributed.device_communicators.cpu_communicator:_CPUSHMDistributed._init_cpu_shm(self)",
     "vllm.distributed.parallel_state:get_tp_group()",
     "vllm.distributed.parallel_state:destroy_model_parallel()",
+    "vllm.distributed.parallel_state:GroupCoordinator.destroy(self)",
     "vllm.model_executor.models.registry:_run_in_subprocess(fn)",
     "vllm.v1.engine.llm_engine:LLMEngine.step(self)",
     "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests(self)",
