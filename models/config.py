@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from mtrl.parallel.errors import ModelError
 
+LATENT_NORM_EPS = 1e-6
+"""Of norms inside latent attention: transformers leaves its default, whatever the config says of others."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:

@@ -10,8 +10,9 @@ from functools import cache
 from typing import Any, Literal
 
 from mtrl.config import Config
-from mtrl.config_acceleration import BackendName, Fp8Section, MoeSection
+from mtrl.config_acceleration import Fp8Section, MoeSection
 from mtrl.config_check import RANKS_PER_NODE, rollout_spec
+from mtrl.models.backends import Backend, unsupported
 from mtrl.models.config import ModelConfig
 from mtrl.models.precision import Fp8, Recipe
 from mtrl.parallel.capabilities import Survey, survey
@@ -37,7 +38,7 @@ def this_machine() -> Survey:
     return survey()
 
 
-def backend_of(config: Config) -> BackendName:
+def backend_of(config: Config) -> Backend:
     """Whose layers the trainer uses."""
     # `auto` waits for a GPU to have run Transformer Engine's: docs/verified.md.
     return "torch_native" if config.model.backend == "auto" else config.model.backend
@@ -69,7 +70,8 @@ def check_acceleration(
     _check_dispatch(config, actor, model)
     _check_overlap(config, actor)
     _check_shared_experts(config, model)
-    _check_backend(config, actor)
+    _check_backend(config, model)
+    _check_user_buffers(config, actor)
     _check_fp8_rollout(config, model)
     _check_memory(config)
     for key, feature, instead in _asked(config):
@@ -188,7 +190,16 @@ def _check_shared_experts(config: Config, model: ModelConfig) -> None:
         raise ConfigError(f"{key}: true with recompute_modules that hold shared_experts; take them out")
 
 
-def _check_backend(config: Config, actor: ParallelSpec) -> None:
+def _check_backend(config: Config, model: ModelConfig) -> None:
+    if backend_of(config) != "transformer_engine":
+        return
+    # Where there is no GPU, the survey says so; here it is what would be said where there is one.
+    reason = unsupported(model, precision=weights_precision(config), is_cuda=True)
+    if reason:
+        raise ConfigError(f"model.backend: transformer_engine: {reason}; write model.backend=torch_native")
+
+
+def _check_user_buffers(config: Config, actor: ParallelSpec) -> None:
     if not config.actor.tp_comm_overlap:
         return
     if backend_of(config) != "transformer_engine":

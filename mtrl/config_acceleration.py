@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 from mtrl.config_types import NonNegativeInt, PositiveInt, Section
 
 TrainingPrecision = Literal["fp32", "bf16", "fp8_blockwise", "fp8_delayed", "mxfp8"]
-BackendName = Literal["torch_native", "transformer_engine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

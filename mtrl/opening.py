@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtrl.acceleration import fp8_of, megatron_fields, weights_precision
+from mtrl.acceleration import backend_of, fp8_of, megatron_fields, weights_precision
 from mtrl.checkpoint.format import PhaseName
 from mtrl.checkpoint.reference import load_reference
 from mtrl.checkpoint.save import Checkpointer, copy_tokenizer
@@ -115,6 +115,7 @@ def _build(job: Job) -> Model:
         parallel,
         precision=weights_precision(config),
         fp8=fp8_of(config),
+        backend=backend_of(config),
         num_chunks=num_chunks or 1,
         **_megatron_fields(job),
     )

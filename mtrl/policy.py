@@ -19,6 +19,7 @@ from mtrl.packing import PackedMicrobatch, pack, plan_microbatches, take
 from mtrl.parallel.determinism import deterministic_algorithms
 from mtrl.parallel.device import current_device
 
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
@@ -94,7 +95,8 @@ def make_microbatches(
         multiple_of=spec.attn.pp if len(model.chunks) > 1 else 1,
     )
     longest = max(sum(lengths[index] for index in row) for rank in plan for row in rank)
-    multiple = math.lcm(_ROW_MULTIPLE, spec.attn.tp * (2 * cp if cp > 1 else 1))
+    shares = spec.attn.tp * (2 * cp if cp > 1 else 1)
+    multiple = math.lcm(_ROW_MULTIPLE, shares * _fp8_alignment(model))
     pad_to = -(-max(longest, 1) // multiple) * multiple
     return [
         Microbatch.on_device(
@@ -102,6 +104,12 @@ def make_microbatches(
         )
         for row in plan[at.dp]
     ]
+
+
+def _fp8_alignment(model: Model) -> int:
+    """Megatron's FP8 products want a rank's share of a row to be a multiple of this; 1 without them."""
+    config = model.transformer_config
+    return int(get_fp8_align_size(config.fp8_recipe)) if config.fp8 else 1
 
 
 def _lengths(packed: PackedMicrobatch) -> list[int]:

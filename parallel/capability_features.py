@@ -31,7 +31,6 @@ FEATURES: tuple[Feature, ...] = (
         name="transformer_engine",
         what="model.backend: transformer_engine",
         any_of=("transformer-engine",),
-        built=False,
     ),
     Feature(
         name="fp8_delayed",
@@ -43,7 +42,6 @@ FEATURES: tuple[Feature, ...] = (
             cuda=(12, 1),
             source="check_fp8_support in transformer_engine/pytorch/fp8.py",
         ),
-        built=False,
     ),
     Feature(
         name="fp8_blockwise",
@@ -56,7 +54,6 @@ FEATURES: tuple[Feature, ...] = (
             source="Transformer Engine: check_fp8_block_scaling_support",
         ),
         symbols=("transformer_engine.common.recipe:Float8BlockScaling",),
-        built=False,
     ),
     Feature(
         name="mxfp8",
@@ -66,7 +63,6 @@ FEATURES: tuple[Feature, ...] = (
             sm=((10, 0),), or_newer=True, cuda=(12, 8), source="Transformer Engine's installation guide"
         ),
         symbols=("transformer_engine.common.recipe:MXFP8BlockScaling",),
-        built=False,
     ),
     Feature(name="deepep", what="actor.moe.dispatcher: deepep", any_of=("deep_ep",)),
     Feature(

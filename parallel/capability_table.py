@@ -88,6 +88,7 @@ _A2A = "megatron/core/transformer/moe/fused_a2a.py"
 _ATTENTION = "megatron/core/transformer/attention.py"
 _EXTENSION = "megatron/core/extensions/transformer_engine.py"
 _SERVICE = "megatron/core/resharding/nvshmem_copy_service/service.py"
+_TE = "model.backend: transformer_engine"
 _FLEX = "moe_token_dispatcher_type: flex"
 _DEEPEP, _HYBRIDEP = "actor.moe.dispatcher: deepep", "actor.moe.dispatcher: hybridep"
 _FUSION = "gradient_accumulation_fusion: true, which mtrl does not set"
@@ -139,7 +140,7 @@ PACKAGES: tuple[Package, ...] = (
                 62,
                 "import transformer_engine as te",
                 "Transformer Engine's layers",
-                None,
+                _TE,
             ),
             _site(
                 MCORE_19,
@@ -147,7 +148,7 @@ PACKAGES: tuple[Package, ...] = (
                 70,
                 "import transformer_engine as te",
                 "Transformer Engine's layers",
-                None,
+                _TE,
             ),
         ),
         install="pip install --no-build-isolation 'transformer_engine[core_cu13,pytorch]'",

@@ -136,6 +136,22 @@ def test_a_dense_model_has_no_tokens_to_dispatch(tmp_path: Path, override: str) 
         check_acceleration(given, actor_spec(given), config_of("qwen3"), able)
 
 
+@pytest.mark.parametrize(
+    ("toy", "override", "message"),
+    [
+        ("gpt oss", "model.precision=bf16", "gpt_oss has attention sinks"),
+        ("qwen3 moe", "model.precision=fp32", "precision fp32: its attention over packed samples is of bf16"),
+    ],
+)
+def test_what_transformer_engine_cannot_compute_is_refused(
+    tmp_path: Path, toy: str, override: str, message: str
+) -> None:
+    given = config(tmp_path, TE, override)
+    with pytest.raises(ConfigError) as caught:
+        check_acceleration(given, actor_spec(given), config_of(toy), able)
+    assert f"model.backend: transformer_engine: {message}" in str(caught.value)
+
+
 def test_a_model_without_shared_experts_has_none_to_overlap(tmp_path: Path) -> None:
     given = config(tmp_path, SHARED)
     with pytest.raises(ConfigError, match="this model has no shared experts"):
@@ -261,7 +277,5 @@ def test_an_engine_that_sleeps_is_refused_beside_expandable_segments(
     given = config(tmp_path, *GRPO, "rollout.sleep=true", "actor.offload=all")
     check_acceleration(given, actor_spec(given), model, able)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments: True")
-    with pytest.raises(
-        ConfigError, match="gives no memory back; unset expandable_segments"
-    ):
+    with pytest.raises(ConfigError, match="gives no memory back; unset expandable_segments"):
         check_acceleration(given, actor_spec(given), model, able)

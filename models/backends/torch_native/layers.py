@@ -16,7 +16,7 @@ from mtrl.models.backends.torch_native.fp8_linears import (
     with_gradients,
 )
 from mtrl.models.backends.torch_native.norms import AllHeadsRMSNorm, RMSNorm
-from mtrl.models.config import ModelConfig
+from mtrl.models.config import LATENT_NORM_EPS, ModelConfig
 from mtrl.models.precision import Fp8, GradientFormat
 from mtrl.models.router import Router
 from mtrl.parallel.groups import ParallelGroups
@@ -38,8 +38,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-
-_LATENT_NORM_EPS = 1e-6
 
 
 class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
@@ -167,8 +165,7 @@ def _latent_attention(
     config: ModelConfig, groups: ParallelGroups, layer: int, backend: TorchNativeProvider
 ) -> ModuleSpec:
     assert config.mla is not None
-    # transformers leaves the latent norms' epsilon at its default, whatever the config says of the others.
-    norm = _as_module(RMSNorm, eps=_LATENT_NORM_EPS)
+    norm = _as_module(RMSNorm, eps=LATENT_NORM_EPS)
     column = backend.column_parallel_linear()
     return ModuleSpec(
         module=_as_module(LatentAttention, fp8_gradients=backend.fp8_gradients),

@@ -5,7 +5,7 @@ from typing import Any
 
 from mtrl.models.backends.torch_native.norms import AllHeadsRMSNorm
 from mtrl.models.backends.transformer_engine.attention import CoreAttention
-from mtrl.models.config import ModelConfig
+from mtrl.models.config import LATENT_NORM_EPS, ModelConfig
 from mtrl.models.precision import Fp8, Recipe
 from mtrl.models.router import Router
 from mtrl.parallel.groups import ParallelGroups
@@ -20,20 +20,16 @@ from megatron.core.transformer.multi_latent_attention import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 NORM = TENorm
-_LATENT_NORM_EPS = 1e-6
 _RECIPES: dict[Recipe, str] = {"fp8_blockwise": "blockwise", "fp8_delayed": "delayed", "mxfp8": "mxfp8"}
 """Megatron's names."""
 
 
 class LatentNormLinear(TELayerNormColumnParallelLinear):  # type: ignore[misc]
-    """The up projections of latent attention, behind their norms.
-
-    transformers leaves the latent norms' epsilon at its default, whatever the config says of the others.
-    """
+    """The up projections of latent attention, behind their norms."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.eps = _LATENT_NORM_EPS
+        self.eps = LATENT_NORM_EPS
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
