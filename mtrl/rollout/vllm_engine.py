@@ -296,7 +296,7 @@ class VllmEngine:
             self._llm.add_request(
                 str(self._num_requests),
                 {"type": "token", "prompt_token_ids": list(prompt.tokens)},
-                _sampling_params(sampling, each),
+                vllm_build.sampling_params(sampling, each),
             )
             self._num_requests += 1
         finished: dict[int, Any] = {}
@@ -396,14 +396,3 @@ def _requests(prompts: Sequence[Prompt], sampling: SamplingSettings) -> Iterator
     for prompt in prompts:
         for index in range(sampling.num_samples):
             yield prompt, index
-
-
-def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=sampling.temperature, top_p=sampling.top_p if sampling.temperature else 1.0,
-        max_tokens=sampling.max_new_tokens, stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True,
-        seed=seed, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-    )  # fmt: skip
