@@ -89,9 +89,9 @@ def page(numbers: dict[str, Any]) -> str:
         "# SFT in FP8 blocks",
         "",
         f"The quickstart's SFT: its model and task, {NUM_STEPS} steps on two processes",
-        "(`megatron:(attn:d2|ffn:e2)`), the same weights and data for all runs of a seed. FP8 is the reference in",
-        "blocks of torch_native (`model.precision: fp8_blockwise`): every product of a layer's linears takes e4m3",
-        "numbers in blocks and adds in fp32, forwards and backwards; weights and activations are bf16.",
+        "(`megatron:(attn:d2|ffn:e2)`), the same weights and data for all runs of a seed. FP8 is the reference",
+        "in blocks of torch_native (`model.precision: fp8_blockwise`): every product of a layer's linears takes",
+        "e4m3 numbers in blocks and adds in fp32, forwards and backwards; weights and activations are bf16.",
         "",
         f"`{numbers['command']}` at commit `{numbers['commit']}`, {numbers['date']}, {numbers['machine']};",
         f"{versions}. Raw numbers: [fp8.json](benchmarks/fp8.json).",
@@ -100,12 +100,12 @@ def page(numbers: dict[str, Any]) -> str:
         "",
         *_table(numbers["losses"], seeds, mean, "{:.4f}"),
         "",
-        f"Steps until the mean loss of {SMOOTHED} steps is below {REACHED}, near which the quickstart ends SFT.",
+        f"Steps until the mean loss of {SMOOTHED} steps is below {REACHED}, as the quickstart's at its end.",
         "",
         *_table(numbers["losses"], seeds, _reached, "{:.0f}"),
         "",
-        "What fp32 differs from bf16 by is what chance makes of a seed; a single late step's loss says less, since",
-        "it falls by half in twenty steps.",
+        "What fp32 differs from bf16 by is what chance makes of a seed; a single late step's loss says less,",
+        "since it falls by half in twenty steps.",
     ]
     return "\n".join([*lines, ""])
 
