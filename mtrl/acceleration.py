@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal
 
+import torch
+
 from mtrl.config import Config
 from mtrl.config_acceleration import Fp8Section, MoeSection
 from mtrl.config_check import RANKS_PER_NODE, rollout_spec
@@ -16,6 +18,7 @@ from mtrl.models.backends import Backend, unsupported
 from mtrl.models.config import ModelConfig
 from mtrl.models.precision import Fp8, Recipe
 from mtrl.parallel.capabilities import Survey, survey
+from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import ConfigError
 from mtrl.parallel.spec import ParallelSpec
 from mtrl.rollout.fp8_weights import check_sliced, fp8_names
@@ -240,6 +243,29 @@ def _check_memory(config: Config) -> None:
             f"rollout.sleep: true, but {_ALLOCATOR} is {settings!r}, under which vLLM gives no memory back; "
             "unset expandable_segments there, or write rollout.sleep=false"
         )
+
+
+def in_use(config: Config, optimizer: Any) -> dict[str, str]:
+    """What a run computes with, for its summary; ``optimizer`` is Megatron's."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    adams = {
+        f"{type(each.optimizer).__module__}.{type(each.optimizer).__name__}"
+        for each in parts
+        if not getattr(each, "is_stub_optimizer", False)
+    }
+    used = {
+        "layers": backend_of(config),
+        "precision": config.model.precision,
+        "dispatcher": config.actor.moe.dispatcher,
+        "optimizer": ", ".join(sorted(adams)),
+        "device": _device_name(),
+    }
+    return {**used, "sampler": config.rollout.dtype} if config.algorithm.name == "grpo" else used
+
+
+def _device_name() -> str:
+    device = current_device()
+    return torch.cuda.get_device_name(device.torch_device) if device.kind == "cuda" else "cpu"
 
 
 def megatron_fields(config: Config, actor: ParallelSpec) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mtrl.acceleration import in_use
 from mtrl.batch import Sample
 from mtrl.checkpoint.folder import step_path
 from mtrl.checkpoint.format import PhaseName, RunState
@@ -277,6 +278,7 @@ class Session:
             "push_extra_bytes": int(
                 sum_over_ranks(float(self.sampling.push.extra_bytes if self.sampling else 0))
             ),
+            "uses": dict(in_use(self.job.config, self.trainer.optimizer)),
             "engine_start_s": self.engine_start_s,
             "memory_moves": self.sampling.memory.report() if self.sampling else [],
             "seconds_total": time.time() - self.started_at,
