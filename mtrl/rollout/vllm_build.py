@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mtrl.models.config import read_hf_config
@@ -53,6 +54,28 @@ def check_fp8(model_dir: Path, spec: RolloutSpec, *, expert_parallel: bool) -> N
     if current_device().kind != "cuda":
         raise RolloutError("FP8 rollout weights need a GPU: vLLM's CPU build has no such kernels without AMX")
     check_sliced(load_model_config(model_dir), spec, expert_parallel=expert_parallel)
+
+
+def check_fp8_kernels(model: torch.nn.Module) -> None:
+    """Check that vLLM took the kernels it was told to: others reorder weights or scales once they are loaded,
+    and a push would write in the wrong order.
+
+    Raises:
+        RolloutError: with the layer and its kernel.
+    """
+    for name, layer in model.named_modules():
+        method: Any = getattr(layer, "quant_method", None)
+        if type(method).__name__ == "Fp8LinearMethod":
+            kernel, wanted = type(method.fp8_linear).__name__, "TritonFp8BlockScaledMMKernel"
+        elif type(method).__name__ == "Fp8MoEMethod":
+            kernel, wanted = str(method.fp8_backend), "Fp8MoeBackend.TRITON"
+        else:
+            continue
+        if kernel != wanted:
+            raise RolloutError(
+                f"vLLM computes {name} in FP8 with {kernel}; a push knows the layout of {wanted} alone, so "
+                "write rollout.dtype=bf16"
+            )
 
 
 def compute_dtype(dtype: str) -> str:

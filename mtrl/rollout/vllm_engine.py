@@ -53,6 +53,8 @@ class VllmEngine:
         self._derived = vllm_mends.derived_weights(self._model)
         self._worker.weight_transfer_engine.derive = self._derive
         self._has_fp8_weights = dtype == "fp8"
+        if self._has_fp8_weights:
+            vllm_build.check_fp8_kernels(self._model)
         self._loader = WeightLoader(self._model, getattr(torch, vllm_build.compute_dtype(dtype)), self._group)
 
     @classmethod

@@ -24,8 +24,9 @@ from mtrl.models.hf_folder import SCALE_SUFFIX
 from mtrl.models.quantized import DequantizedSource
 from mtrl.models.transfers import Boxes
 from mtrl.parallel.agreement import agree_on, gather_json
+from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec, parse_rollout_spec, parse_training_spec
-from mtrl.rollout import fp8_weights
+from mtrl.rollout import fp8_weights, vllm_build
 from mtrl.rollout.kernel_layout import Ranges
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy, record_loader
 from mtrl.rollout.weight_loading import Placed, WeightLoader
@@ -86,7 +87,32 @@ def record_fp8(folder: str) -> dict[str, Any]:
                 for fault in _faults(model, destinations, names, shapes)
             ]
             found[f"{toy} {tp} {expert_parallel}"] = sorted(set(faults))
+    found["other kernels"] = _refusals_of_kernels(Path(folder) / "qwen3 moe")
     return found
+
+
+def _refusals_of_kernels(path: Path) -> list[str]:
+    """What is said where vLLM took another kernel for a linear, or for experts, than it was told to."""
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+
+    engines = Engines(spec=RolloutSpec(backend="vllm"))
+    ((model, _),) = shard_records.shard_models(path, engines, [0], "fp8")
+    vllm_build.check_fp8_kernels(model)
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    said = []
+    for kind, field, other in (
+        ("Fp8LinearMethod", "fp8_linear", None),
+        ("Fp8MoEMethod", "fp8_backend", Fp8MoeBackend.DEEPGEMM),
+    ):
+        last = [method for method in methods if type(method).__name__ == kind][-1]
+        real = getattr(last, field)
+        setattr(last, field, other)
+        try:
+            vllm_build.check_fp8_kernels(model)
+        except RolloutError as error:
+            said.append(str(error))
+        setattr(last, field, real)
+    return said
 
 
 def _faults(

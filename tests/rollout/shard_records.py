@@ -55,12 +55,17 @@ def prepare() -> None:
 
 @contextmanager
 def no_fp8_kernels() -> Iterator[None]:
-    """vLLM builds layers with FP8 weights where it has no kernel that multiplies with them."""
+    """vLLM builds layers with FP8 weights where it has no kernel that multiplies with them: the choice is
+    answered as on a GPU, and nothing that was chosen is called.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm.triton import TritonFp8BlockScaledMMKernel
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.quantization import fp8
 
+    kernel = TritonFp8BlockScaledMMKernel.__new__(TritonFp8BlockScaledMMKernel)
     with (
-        patch.object(fp8, "init_fp8_linear_kernel", lambda **config: None),
-        patch.object(fp8, "select_fp8_moe_backend", lambda **config: (None, None)),
+        patch.object(fp8, "init_fp8_linear_kernel", lambda **config: kernel),
+        patch.object(fp8, "select_fp8_moe_backend", lambda **config: (Fp8MoeBackend.TRITON, None)),
     ):
         yield
 

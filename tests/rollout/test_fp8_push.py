@@ -38,6 +38,12 @@ def test_vllm_s_loaders_take_every_weight_with_its_scales(
     assert recorded.get(name, []) == []
 
 
+def test_other_kernels_than_those_that_keep_the_layout_are_refused(recorded: dict[str, Any]) -> None:
+    linear, experts = recorded["other kernels"]
+    assert "computes model.layers.1.self_attn.o_proj in FP8 with NoneType" in linear
+    assert "mlp.experts" in experts and "Fp8MoeBackend.DEEPGEMM" in experts
+
+
 @pytest.fixture(scope="module")
 def pushes(rollout_world: World, tmp_path_factory: pytest.TempPathFactory) -> Pushes:
     @functools.cache
