@@ -76,7 +76,7 @@ def test_two_processes_on_one_kind_of_device_give_one_loss(report: dict[str, Any
         fact = report["summary"]["parity"][way]
         assert fact["agrees"] and fact["differs_by"] < 1e-6
         losses = report["stages"]["parity"][way]["losses"]
-        assert losses[-1] < losses[0]
+        assert losses[-1] < 0.8 * losses[0]  # so a wrong gradient would show
 
 
 def test_every_precision_learns_the_same_batch_on_both_sides(report: dict[str, Any]) -> None:

@@ -194,10 +194,11 @@ Step = Callable[[], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A side ready to train: ``step`` is one step on the same batch each time and returns its loss."""
+    """A side ready to train: ``step`` is a step on the same batch each time and returns its loss."""
 
     step: Step
     note: str = ""
+    trainer: Trainer | None = None
 
 
 def alone() -> ParallelGroups:
@@ -225,7 +226,9 @@ def make_batch(size: Size) -> list[Sample]:
     return [Sample(sample_id=n, tokens=tuple(row), loss_mask=mask) for n, row in enumerate(rows)]
 
 
-def open_mtrl(size: Size, way: Way, groups: ParallelGroups, *, like_everywhere: bool) -> Opened:
+def open_mtrl(
+    size: Size, way: Way, groups: ParallelGroups, *, like_everywhere: bool, lr: float = LR
+) -> Opened:
     """mtrl's trainer. ``like_everywhere``: weights that are the same on every device, drawn on the host."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(size.hf_config()))
@@ -242,13 +245,13 @@ def open_mtrl(size: Size, way: Way, groups: ParallelGroups, *, like_everywhere: 
         initialize(model, 1)
     else:
         draw(model.parameters().values())
-    settings = OptimizerSection(lr=LR, grad_clip=CLIP, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
+    settings = OptimizerSection(lr=lr, grad_clip=CLIP, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
     trainer = Trainer(model, settings)
-    trainer.start_phase(total_steps=1000, lr=LR, warmup_steps=0)
+    trainer.start_phase(total_steps=1000, lr=lr, warmup_steps=0)
     batch = make_batch(size)
     microbatches = make_microbatches(batch, model, max_tokens=size.row_tokens, pad_token_id=0)
     assert len(microbatches) == size.num_microbatches
-    return Opened(step=lambda: trainer.step(microbatches, SftLoss()).loss)
+    return Opened(step=lambda: trainer.step(microbatches, SftLoss()).loss, trainer=trainer)
 
 
 def draw(parameters: Any) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 Rows = dict[str, dict[str, Any]]
 
-TOLERANCES = {"fp32": 1e-5, "bf16": 2.0**-7, "fp8_blockwise": 2.0**-6}
-"""Of a loss on the GPU, relative to the CPU's. fp32: the order of additions, through five steps of Adam, that
-divides small gradients by their own size. bf16: twice its rounding, 2^-8; a token whose router hesitates goes
-to another expert on either device. FP8: that, and numbers rounded the other way to one of eight steps."""
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3, "fp8_blockwise": 2e-3}
+"""Of a loss on the GPU, relative to the CPU's. fp32: the order of additions, through five steps of Adam, which
+divides small gradients by their own size. bf16 and FP8: numbers that sums in another order round the other
+way; a CPU's losses in bf16 are within 7e-4 of its own in fp32, those in FP8 within 1.2e-3 of those in bf16."""
 
 
 def done(rows: Rows) -> Rows:

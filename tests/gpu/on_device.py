@@ -1,0 +1,93 @@
+"""What test_on_a_gpu.py runs in processes of their own: ``python -m tests.gpu.on_device WHAT`` prints JSON.
+
+A process that has used CUDA cannot fork others that do, and other tests fork.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtrl.memory import Shelf
+from mtrl.parallel.device import current_device
+from mtrl.tools.bench import gpu_model
+from mtrl.tools.group_check import COLLECTIVES, measure
+
+
+def shelf() -> dict[str, Any]:
+    """Bytes that torch has in use of the device around one put-away tensor; is it the same afterwards?"""
+    device = current_device().torch_device
+    whole = torch.randn(2**26, device=device)
+    view, expected = whole[1000:2000].view(10, 100).T, whole.clone()
+    found: dict[str, Any] = {"nbytes": whole.nbytes, "before": torch.cuda.memory_allocated()}
+    one = Shelf(lambda: [whole, view])
+    for turn in range(2):
+        one.put_away()
+        found[f"away {turn}"] = torch.cuda.memory_allocated()
+        one.bring_back()
+        found[f"back {turn}"] = torch.cuda.memory_allocated()
+    found["equal"] = torch.equal(whole, expected)
+    whole[1000] = 7.0
+    found["is_view"] = float(view[0, 0]) == 7.0
+    return found
+
+
+def trainer_shelves() -> dict[str, Any]:
+    """Bytes in use around a trainer's parts put away; are weights and moments the same afterwards?"""
+    groups = gpu_model.alone()
+    way = gpu_model.Way(side="torch_native", precision="bf16")
+    opened = gpu_model.open_mtrl(gpu_model.TINY, way, groups, like_everywhere=True)
+    losses = [opened.step()]
+    trainer = opened.trainer
+    assert trainer is not None
+    kept = {part: [each.clone() for each in trainer.held(part)] for part in ("weights", "optimizer")}
+    shelves = trainer.shelves()
+    storages = {
+        each.untyped_storage()._cdata: each.untyped_storage().nbytes()
+        for part in shelves
+        for each in trainer.held(part)
+    }
+    before = torch.cuda.memory_allocated()
+    for each in shelves.values():
+        each.put_away()
+    away = torch.cuda.memory_allocated()
+    for each in reversed(shelves.values()):
+        each.bring_back()
+    equal = all(
+        torch.equal(now, then)
+        for part, tensors in kept.items()
+        for now, then in zip(trainer.held(part), tensors, strict=True)
+    )
+    losses += [opened.step() for _ in range(2)]
+    return {
+        "held": sum(storages.values()), "before": before, "away": away, "equal": equal, "losses": losses,
+        "back": torch.cuda.memory_allocated(),
+    }  # fmt: skip
+
+
+def groups_of_one() -> dict[str, Any]:
+    """Every collective on every group of one rank; which backend carries them."""
+    made = gpu_model.alone()
+    rows = [
+        measure(f"{half}.{field.name}", collective, getattr(part, field.name))
+        for half, part in (("attn", made.attn), ("ffn", made.ffn))
+        for field in fields(part)
+        for collective in COLLECTIVES
+    ]
+    return {"backend": dist.get_backend(made.attn.tp), "rows": rows}
+
+
+WHATS: dict[str, Callable[[], dict[str, Any]]] = {
+    "shelf": shelf,
+    "trainer_shelves": trainer_shelves,
+    "groups_of_one": groups_of_one,
+}
+
+if __name__ == "__main__":
+    answer = WHATS[sys.argv[1]]()
+    gpu_model.leave()
+    print(json.dumps(answer))
