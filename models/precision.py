@@ -12,17 +12,20 @@ Recipe = Literal["fp8_blockwise", "fp8_delayed", "mxfp8"]
 scale a tensor, from earlier steps. ``mxfp8``: one scale for 32 numbers, Blackwell's own."""
 
 GradientFormat = Literal["e4m3", "e5m2"]
+Products = Literal["dequantised", "scaled_mm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8:
-    """How linears compute. ``gradients`` is the format of what comes back; all else is e4m3.
+    """How linears compute. ``gradients`` is the format of what comes back; all else is e4m3. ``products`` of
+    torch_native: of dequantised numbers, or torch's own of FP8 numbers; the same but for rounding in fp32.
 
     The first ``bf16_first_layers`` and the last ``bf16_last_layers`` of the model keep bf16.
     """
 
     recipe: Recipe = "fp8_blockwise"
     gradients: GradientFormat = "e4m3"
+    products: Products = "dequantised"
     bf16_first_layers: int = 0
     bf16_last_layers: int = 0
 

@@ -60,6 +60,7 @@ def fp8_of(config: Config) -> Fp8 | None:
     return Fp8(
         recipe=recipe,
         gradients=section.gradients,
+        products=section.products,
         bf16_first_layers=section.bf16_first_layers,
         bf16_last_layers=section.bf16_last_layers,
     )
@@ -77,6 +78,11 @@ def check_acceleration(
     _check_user_buffers(config, actor)
     _check_fp8_rollout(config, model)
     _check_memory(config)
+    if config.model.fp8.products == "scaled_mm" and ask().machine.gpu is not None:
+        raise ConfigError(
+            "model.fp8.products: scaled_mm, whose products torch rounds to bf16 on a GPU, block by block; write "
+            "dequantised"
+        )
     for key, feature, instead in _asked(config):
         obstacle = ask().obstacle(feature)
         if obstacle:

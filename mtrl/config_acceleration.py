@@ -21,6 +21,10 @@ class Fp8Section(Section):
     gradients: Literal["e4m3", "e5m2"] = "e4m3"
     """Format of gradients; weights and activations are e4m3. Megatron calls e5m2 here ``hybrid``."""
 
+    products: Literal["dequantised", "scaled_mm"] = "dequantised"
+    """torch_native's: of what the FP8 numbers stand for, in fp32, or torch's own products of FP8 numbers, on
+    a CPU. The same but for rounding; no effect on transformer_engine."""
+
     bf16_first_layers: NonNegativeInt = 0
     """Layers at the beginning of the model that stay bf16; not with fp8_delayed."""
 

@@ -44,6 +44,7 @@ LAYOUTS = (
 WAYS: dict[str, Fp8] = {
     "all layers": Fp8(),
     "e5m2": Fp8(gradients="e5m2"),
+    "torch's products": Fp8(products="scaled_mm"),
     "first and last in bf16": Fp8(bf16_first_layers=1, bf16_last_layers=1),
 }
 # Measured: losses within 5e-8, most updates within 4e-5. A number on the edge between two of the format's
@@ -158,7 +159,7 @@ def start() -> dict[str, Tensor]:
     return published(build_toy("moe", seed=5, **SIZES))
 
 
-@pytest.mark.parametrize("way", ["fp32", "all layers", "e5m2"])
+@pytest.mark.parametrize("way", ["fp32", "all layers", "e5m2", "torch's products"])
 def test_a_step_in_blocks_is_that_of_transformers_model_with_the_same_products(
     trained: dict[str, Found], start: dict[str, Tensor], way: str
 ) -> None:
@@ -172,6 +173,7 @@ def test_fp8_changes_the_step_and_fewer_layers_of_it_change_it_less(
 ) -> None:
     exact = trained["megatron:d1 fp32"]
     far = {way: distance(trained[f"megatron:d1 {way}"], exact, start) for way in WAYS}
+    assert abs(far.pop("torch's products") - far["all layers"]) < UPDATE
     assert 10 * UPDATE < far["first and last in bf16"] < far["all layers"] < far["e5m2"]
 
 

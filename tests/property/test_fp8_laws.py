@@ -15,7 +15,6 @@ from mtrl.models.backends.torch_native.fp8 import (
     FORMATS,
     SQUARE,
     Format,
-    GradientFormat,
     block_linear,
     block_scales,
     error_bound,
@@ -25,6 +24,7 @@ from mtrl.models.backends.torch_native.fp8 import (
 )
 from mtrl.models.boxes import Box
 from mtrl.models.hf_folder import SCALE_SUFFIX, Blocks
+from mtrl.models.precision import Fp8, GradientFormat, Products
 from mtrl.models.quantized import DequantizedSource
 
 pytestmark = pytest.mark.one_stack
@@ -100,7 +100,8 @@ def test_products_and_their_gradients_keep_within_the_bound(
     w = data.draw(matrices(num_outputs, num_inputs)).requires_grad_()
     dy = data.draw(matrices(num_tokens, num_outputs))
     gradients: GradientFormat = data.draw(st.sampled_from(["e4m3", "e5m2"]))
-    y = block_linear(x, w, gradients=gradients)
+    products: Products = data.draw(st.sampled_from(["dequantised", "scaled_mm"]))
+    y = block_linear(x, w, Fp8(gradients=gradients, products=products))
     y.backward(dy)
     assert x.grad is not None and w.grad is not None
     x, dx, w, dw = x.detach(), x.grad, w.detach(), w.grad

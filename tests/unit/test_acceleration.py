@@ -61,6 +61,10 @@ RULES: dict[str, tuple[list[str], str]] = {
         ["model.precision=mxfp8"],
         "write that, or write model.backend=transformer_engine",
     ),
+    "torch's products on a GPU": (
+        ["model.precision=fp8_blockwise", "model.fp8.products=scaled_mm"],
+        "model.fp8.products: scaled_mm, whose products torch rounds to bf16 on a GPU",
+    ),
     "no layer left for fp8": (
         ["model.precision=fp8_blockwise", "model.fp8.bf16_first_layers=2", "model.fp8.bf16_last_layers=9"],
         "2 first and 9 last layers in bf16 leave none of",

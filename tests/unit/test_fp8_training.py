@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from mtrl.models.backends.torch_native.fp8 import GradientFormat, block_linear
+from mtrl.models.backends.torch_native.fp8 import block_linear
+from mtrl.models.precision import Fp8, GradientFormat
 from tests.toys import build_toy
 
 pytestmark = pytest.mark.one_stack
@@ -28,7 +29,7 @@ class InBlocks(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and args[1].shape[0] not in (NUM_EXPERTS, VOCAB):
             self.num_calls += 1
-            return block_linear(args[0], args[1], gradients=self.gradients)
+            return block_linear(args[0], args[1], Fp8(gradients=self.gradients))
         return func(*args, **(kwargs or {}))
 
 

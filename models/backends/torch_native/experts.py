@@ -12,7 +12,7 @@ from torch import nn
 import mtrl.parallel.megatron_ready  # noqa: F401
 from mtrl.models.backends.torch_native.fp8 import block_linear
 from mtrl.models.config import ModelConfig
-from mtrl.models.precision import GradientFormat
+from mtrl.models.precision import Fp8
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -38,13 +38,13 @@ class GroupedExperts(nn.Module):
 
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, *,
-        model: ModelConfig, fp8_gradients: GradientFormat | None = None, **unused: Any,
+        model: ModelConfig, fp8: Fp8 | None = None, **unused: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self.etp = pg_collection.expt_tp.size()
         hidden, expert_hidden = config.hidden_size, config.moe_ffn_hidden_size // self.etp
         self.num_local_experts, self.activation = num_local_experts, model.activation
-        self.fp8_gradients = fp8_gradients
+        self.fp8 = fp8
         is_folded = pg_collection.ep.size() > 1 or self.etp != config.tensor_model_parallel_size
 
         def parameter(*shape: int, sharded_dim: int | None) -> nn.Parameter:
@@ -90,11 +90,11 @@ class GroupedExperts(nn.Module):
         return output, None
 
     def _product(self, x_TF: torch.Tensor, weight_EOF: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        if self.fp8_gradients is None:
+        if self.fp8 is None:
             return grouped_linear(x_TF, weight_EOF, counts_E)
         # One by one: the tokens of a call share blocks in the weight's gradient.
         parts = zip(x_TF.split(counts_E.tolist()), weight_EOF, strict=True)
-        return torch.cat([block_linear(part, weight, gradients=self.fp8_gradients) for part, weight in parts])
+        return torch.cat([block_linear(part, weight, self.fp8) for part, weight in parts])
 
     def _shared_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """This rank's part of a bias that the sum over etp adds up again.

@@ -2,10 +2,10 @@
 
 The recipe is DeepSeek-V3's (arXiv 2412.19437, section 3.3) as Transformer Engine's ``Float8BlockScaling`` has
 it: every product multiplies e4m3 numbers and adds in fp32; activations and gradients share a scale over 128
-numbers along the dim that the product contracts, weights over 128 x 128; scales are powers of two. Operands
-here are quantised and dequantised at once, and the product is one of fp32. What a product needs in another
-direction is quantised again from the original numbers, not from quantised ones. Left out: e5m2's and e4m3's
-real products, which need a GPU.
+numbers along the dim that the product contracts, weights over 128 x 128; scales are powers of two. The
+product is one of fp32 over what the quantised numbers stand for, or, with ``products="scaled_mm"``, the sum
+over blocks of torch's own FP8 products, where torch has them (on CPU for any shape). What a product needs in
+another direction is quantised again from the original numbers, not from quantised ones.
 
 Dims: T tokens, O outputs, K inputs; R rows and C columns of any matrix.
 
@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 
 from mtrl.models.hf_folder import Blocks
-from mtrl.models.precision import GradientFormat
+from mtrl.models.precision import Fp8, GradientFormat, Products
 
 SIZE = 128
+REFERENCE = Fp8()
 ALONG_ROWS = Blocks(rows=1, columns=SIZE)
 SQUARE = Blocks(rows=SIZE, columns=SIZE)
 
@@ -104,6 +105,53 @@ def requantised(x_RC: torch.Tensor, blocks: Blocks, form: Format = E4M3) -> torc
     return stored.float() * spread(scales, blocks, x_RC.shape)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Blocked:
+    """A matrix in FP8, [R, K], that a product contracts over K."""
+
+    stored: torch.Tensor
+    scales: torch.Tensor
+    blocks: Blocks
+
+    @classmethod
+    def of(cls, x_RK: torch.Tensor, blocks: Blocks, form: Format = E4M3) -> "_Blocked":
+        stored, scales = quantise(x_RK, blocks, form)
+        return cls(stored=stored, scales=scales, blocks=blocks)
+
+    @property
+    def transposed(self) -> "_Blocked":
+        """Its square blocks are blocks of the transpose too."""
+        assert self.blocks == SQUARE, "rows' blocks are no blocks of columns"
+        return _Blocked(stored=self.stored.T, scales=self.scales.T, blocks=self.blocks)
+
+    def dequantised(self) -> torch.Tensor:
+        return self.stored.float() * spread(self.scales, self.blocks, self.stored.shape)
+
+    def row_scales(self, block: int) -> torch.Tensor:
+        """The scale of each row's numbers in block ``block`` of K, [R]."""
+        return self.scales[:, block].repeat_interleave(self.blocks.rows)[: self.stored.shape[0]]
+
+
+def _product(a: _Blocked, b: _Blocked, products: Products) -> torch.Tensor:
+    """``a @ b.T``, [R of a, R of b] fp32."""
+    if products == "dequantised":
+        return a.dequantised() @ b.dequantised().T
+    size = (a.stored.shape[0], b.stored.shape[0])
+    total = torch.zeros(size, dtype=torch.float32, device=a.stored.device)
+    for block, start in enumerate(range(0, a.stored.shape[1], SIZE)):
+        part = slice(start, start + SIZE)
+        total += F.scaled_mm(
+            a.stored[:, part].contiguous(),
+            b.stored[:, part].contiguous().T,
+            a.row_scales(block)[:, None],
+            F.ScalingType.RowWise,
+            b.row_scales(block)[None, :],
+            F.ScalingType.RowWise,
+            output_dtype=torch.float32,
+        )
+    return total
+
+
 def error_bound(x_RC: torch.Tensor, blocks: Blocks, form: Format = E4M3) -> torch.Tensor:
     """The most that `requantised` can be off by, number by number, float64: d(v) of the file's docstring."""
     scales = spread(block_scales(x_RC, blocks, form), blocks, x_RC.shape).double()
@@ -122,38 +170,32 @@ def product_bound(
 
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TK: torch.Tensor, weight_OK: torch.Tensor, gradients: GradientFormat
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x_TK: torch.Tensor, weight_OK: torch.Tensor, fp8: Fp8) -> torch.Tensor:
         ctx.save_for_backward(x_TK, weight_OK)
-        ctx.form = FORMATS[gradients]
-        y_TO = requantised(x_TK, ALONG_ROWS) @ requantised(weight_OK, SQUARE).T
+        ctx.fp8 = fp8
+        y_TO = _product(_Blocked.of(x_TK, ALONG_ROWS), _Blocked.of(weight_OK, SQUARE), fp8.products)
         return y_TO.to(x_TK.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_TO: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x_TK, weight_OK = ctx.saved_tensors
+        form, products = FORMATS[ctx.fp8.gradients], ctx.fp8.products
         dx_TK = dweight_OK = None
         if ctx.needs_input_grad[0]:
-            # Square blocks are the same blocks of the transpose: no second quantisation.
-            dx_TK = requantised(dy_TO, ALONG_ROWS, ctx.form) @ requantised(weight_OK, SQUARE)
-            dx_TK = dx_TK.to(x_TK.dtype)
+            weight_KO = _Blocked.of(weight_OK, SQUARE).transposed
+            dx_TK = _product(_Blocked.of(dy_TO, ALONG_ROWS, form), weight_KO, products).to(x_TK.dtype)
         if ctx.needs_input_grad[1]:
-            dy_OT = requantised(dy_TO.T, ALONG_ROWS, ctx.form)
-            dweight_OK = dy_OT @ requantised(x_TK.T, ALONG_ROWS).T
-            dweight_OK = dweight_OK.to(weight_OK.dtype)
+            dy_OT, x_KT = _Blocked.of(dy_TO.T, ALONG_ROWS, form), _Blocked.of(x_TK.T, ALONG_ROWS)
+            dweight_OK = _product(dy_OT, x_KT, products).to(weight_OK.dtype)
         return dx_TK, dweight_OK, None
 
 
-def block_linear(
-    x: torch.Tensor, weight_OK: torch.Tensor, *, gradients: GradientFormat = "e4m3"
-) -> torch.Tensor:
+def block_linear(x: torch.Tensor, weight_OK: torch.Tensor, fp8: Fp8 = REFERENCE) -> torch.Tensor:
     """``x @ weight.T`` through FP8 blocks, forwards and backwards; x [..., K], result [..., O] in x's dtype.
 
-    ``gradients`` is the format of what comes back; activations and weights are e4m3. The tokens of one call
-    share blocks in the weight's gradient, so experts are called one by one.
+    The tokens of one call share blocks in the weight's gradient, so experts are called one by one.
     """
     flat = x.reshape(-1, x.shape[-1])
     apply: Any = _BlockLinear.apply  # torch gives it no types
-    y_TO: torch.Tensor = apply(flat, weight_OK, gradients)
+    y_TO: torch.Tensor = apply(flat, weight_OK, fp8)
     return y_TO.view(*x.shape[:-1], weight_OK.shape[0])

@@ -6,7 +6,7 @@ import torch
 
 import mtrl.parallel.megatron_ready  # noqa: F401
 from mtrl.models.backends.torch_native.fp8 import block_linear
-from mtrl.models.precision import GradientFormat
+from mtrl.models.precision import Fp8
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 class _InBlocks:
     """What Megatron's linears call for their product, in FP8."""
 
-    gradients: ClassVar[GradientFormat] = "e4m3"
+    fp8: ClassVar[Fp8]
 
     def _forward_impl(
         self,
@@ -36,7 +36,7 @@ class _InBlocks:
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        output = block_linear(input, weight, gradients=self.gradients)
+        output = block_linear(input, weight, self.fp8)
         return output if bias is None else output + bias
 
 
@@ -48,6 +48,6 @@ class BlockRowParallelLinear(_InBlocks, RowParallelLinear):  # type: ignore[misc
     """Input features over ``attn.tp``: the sum over ranks is of bf16 or fp32 parts, as without FP8."""
 
 
-def with_gradients(kind: type, gradients: GradientFormat) -> type:
-    """``kind`` with another format of gradients; still a class, since Megatron 0.16 builds classes only."""
-    return type(kind.__name__, (kind,), {"gradients": gradients})
+def with_fp8(kind: type, fp8: Fp8) -> type:
+    """``kind`` with its way of FP8; still a class, since Megatron 0.16 builds classes only."""
+    return type(kind.__name__, (kind,), {"fp8": fp8})

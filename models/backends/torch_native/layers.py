@@ -13,11 +13,11 @@ from mtrl.models.backends.torch_native.fp8 import block_linear
 from mtrl.models.backends.torch_native.fp8_linears import (
     BlockColumnParallelLinear,
     BlockRowParallelLinear,
-    with_gradients,
+    with_fp8,
 )
 from mtrl.models.backends.torch_native.norms import AllHeadsRMSNorm, RMSNorm
 from mtrl.models.config import LATENT_NORM_EPS, ModelConfig
-from mtrl.models.precision import Fp8, GradientFormat
+from mtrl.models.precision import Fp8
 from mtrl.models.router import Router
 from mtrl.parallel.groups import ParallelGroups
 from mtrl.parallel.megatron_ready import MEGATRON_0_19
@@ -43,23 +43,23 @@ from megatron.core.transformer.transformer_layer import (
 class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
     """Tells Megatron's spec builders to use the modules of this folder for one layer of one model.
 
-    ``fp8_gradients``: None, or linears run in FP8 blocks, with gradients in this format.
+    ``fp8``: None, or how its linears run in FP8 blocks.
     """
 
-    def __init__(self, model: ModelConfig, fp8_gradients: GradientFormat | None) -> None:
-        self.model, self.fp8_gradients = model, fp8_gradients
+    def __init__(self, model: ModelConfig, fp8: Fp8 | None) -> None:
+        self.model, self.fp8 = model, fp8
 
     def column_parallel_linear(self) -> type:
         """Linears whose output features are over ``attn.tp``."""
-        if self.fp8_gradients is not None:
-            return with_gradients(BlockColumnParallelLinear, self.fp8_gradients)
+        if self.fp8 is not None:
+            return with_fp8(BlockColumnParallelLinear, self.fp8)
         plain: type = super().column_parallel_linear()
         return plain
 
     def row_parallel_linear(self) -> type:
         """Linears whose input features are over ``attn.tp``."""
-        if self.fp8_gradients is not None:
-            return with_gradients(BlockRowParallelLinear, self.fp8_gradients)
+        if self.fp8 is not None:
+            return with_fp8(BlockRowParallelLinear, self.fp8)
         plain: type = super().row_parallel_linear()
         return plain
 
@@ -73,7 +73,7 @@ class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
 
     def grouped_mlp_modules(self, *unused: Any) -> Any:
         """The experts: a builder for Megatron 0.19, a (module, submodules) pair before."""
-        arguments = {"model": self.model, "fp8_gradients": self.fp8_gradients}
+        arguments = {"model": self.model, "fp8": self.fp8}
         if MEGATRON_0_19:
             return functools.partial(GroupedExperts, **arguments)  # type: ignore[arg-type]
         return _as_module(GroupedExperts, **arguments), None
@@ -88,9 +88,9 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
     rank, each of which projects its share of the tokens; so does this.
     """
 
-    def __init__(self, *args: Any, fp8_gradients: GradientFormat | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fp8: Fp8 | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config, fp8 = self.config, fp8_gradients
+        config = self.config
         kv_size = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, kv_size, fp8)
         if config.q_lora_rank is not None:
@@ -108,7 +108,7 @@ def layer_spec(
 ) -> ModuleSpec:
     """The spec of (0-based) layer ``layer`` of the model."""
     is_fp8 = fp8 is not None and fp8.covers(layer, config.num_layers)
-    backend = TorchNativeProvider(config, fp8.gradients if fp8 and is_fp8 else None)
+    backend = TorchNativeProvider(config, fp8 if is_fp8 else None)
     is_moe = layer in config.moe_layers
     num_experts = config.moe.num_experts if is_moe and config.moe else None
     make_attention = _latent_attention if config.mla else _attention
@@ -168,7 +168,7 @@ def _latent_attention(
     norm = _as_module(RMSNorm, eps=LATENT_NORM_EPS)
     column = backend.column_parallel_linear()
     return ModuleSpec(
-        module=_as_module(LatentAttention, fp8_gradients=backend.fp8_gradients),
+        module=_as_module(LatentAttention, fp8=backend.fp8),
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
@@ -192,17 +192,17 @@ class WholeLinear(nn.Module):
         config: TransformerConfig,
         size_in: int,
         size_out: int,
-        fp8_gradients: GradientFormat | None = None,
+        fp8: Fp8 | None = None,
     ) -> None:
         super().__init__()
-        self.fp8_gradients = fp8_gradients
+        self.fp8 = fp8
         self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         """``x`` [..., size_in] to [..., size_out], and no bias: Megatron's interface."""
-        if self.fp8_gradients is not None:
-            return block_linear(x, self.weight, gradients=self.fp8_gradients), None
+        if self.fp8 is not None:
+            return block_linear(x, self.weight, self.fp8), None
         return F.linear(x, self.weight), None
 
 
