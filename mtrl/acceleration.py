@@ -80,8 +80,8 @@ def check_acceleration(
     _check_memory(config)
     if config.model.fp8.products == "scaled_mm" and ask().machine.gpu is not None:
         raise ConfigError(
-            "model.fp8.products: scaled_mm, whose products torch rounds to bf16 on a GPU, block by block; write "
-            "dequantised"
+            "model.fp8.products: scaled_mm, whose products torch rounds to bf16 on a GPU, block by block; "
+            "write dequantised"
         )
     for key, feature, instead in _asked(config):
         obstacle = ask().obstacle(feature)
