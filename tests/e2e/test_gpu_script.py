@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mtrl.tools.bench import gpu
+from mtrl.parallel.errors import ConfigError
+from mtrl.tools.bench import gpu, gpu_model, gpu_page, gpu_stages
 
 pytestmark = pytest.mark.one_stack
 KERNEL_SHAPES = ("128x256x384", "128x256x384 outliers", "256x128x128", "256x128x128 outliers")
@@ -50,7 +52,9 @@ def test_everything_that_a_cpu_can_run_has_run(report: dict[str, Any]) -> None:
     assert rows_of(report, "ceiling", "done") >= {"bf16", "copy", "memory"}
     assert rows_of(report, "parity", "done") >= {*gpu.PARITY, *(f"CPU {way}" for way in gpu.PARITY)}
     assert rows_of(report, "steps", "done") >= {way for way in gpu.TINY_STEPS if not gpu.is_te(way)}
-    assert rows_of(report, "fp8", "done") >= {f"reference {shape}" for shape in KERNEL_SHAPES}
+    assert rows_of(report, "fp8", "done") == {
+        f"{path} {shape}" for path in ("reference", "block_sums") for shape in KERNEL_SHAPES
+    }
     assert rows_of(report, "push", "done") == {"experts stacked", "experts one by one"}
 
 
@@ -93,7 +97,8 @@ def test_every_precision_learns_the_same_batch_on_both_sides(report: dict[str, A
 def test_the_reference_of_fp8_is_within_the_format_and_pushed_copies_are_equal(
     report: dict[str, Any],
 ) -> None:
-    assert report["summary"]["fp8"]["reference"]["within_bound"]
+    assert set(report["summary"]["fp8"]) == {"reference", "block_sums"}
+    assert all(fact["within_bound"] for fact in report["summary"]["fp8"].values())
     assert 0.1 < report["summary"]["fp8"]["reference"]["of_bound"] <= 1
     for row in report["stages"]["push"].values():
         assert row["equal"] and row["fused_copies"] < row["copies"] and row["engine"] == "no engine"
@@ -106,7 +111,24 @@ def test_the_page_holds_every_stage_and_every_reason(written: Path) -> None:
         "Ceiling", "Parity", "Training steps", "FP8 kernels", "Copies of a push", "What did not run",
     ]  # fmt: skip
     assert "no GPU: this only tries the script" in page
+    report = json.loads((written / "gpu.json").read_text())
+    report["about"]["gpu"] = "a GPU"  # then what was asked is told, of ways that ran
+    asked = gpu_page.page(report).partition("## What was asked")[2].partition("##")[0]
+    assert [row.split(" | ")[0] for row in asked.splitlines() if "torch_native" in row] == [
+        "| MFU, torch_native bf16",
+        "| times transformers, torch_native bf16",
+    ]
     assert page.count("transformer-engine: ") == len([*gpu.TE_PARITY, "steps bf16", "steps fp8"])
+
+
+@pytest.mark.parametrize("shape", [*gpu_stages.TINY_SHAPES, *gpu_stages.FULL_SHAPES])
+def test_scales_lie_as_torchs_product_of_blocks_wants_them(shape: tuple[int, int, int]) -> None:
+    """On torch's meta device, which checks shapes and strides as a GPU does and computes nothing."""
+    tokens, outputs, inputs = shape
+    x, weight = (torch.empty(rows, inputs, dtype=torch.bfloat16, device="meta") for rows in (tokens, outputs))
+    dy = torch.empty(tokens, outputs, dtype=torch.bfloat16, device="meta")
+    found = gpu_stages.scaled_mm_product(gpu_stages.Products(x=x, weight=weight, dy=dy))()
+    assert found["forward"].shape == (tokens, outputs) and found["forward"].dtype == torch.bfloat16
 
 
 def test_a_process_that_ends_badly_or_hangs_is_a_row_with_the_reason() -> None:
@@ -115,6 +137,21 @@ def test_a_process_that_ends_badly_or_hangs_is_a_row_with_the_reason() -> None:
     assert gpu.run_limited(crash, environment, 30.0) == "ended with 3: the cause"
     assert gpu.run_limited(["sh", "-c", "kill -SEGV $$"], environment, 30.0).startswith("ended with -11")
     assert gpu.run_limited(["sh", "-c", "sleep 60"], environment, 0.5) == "still ran after 0.5 s"
+
+
+def test_the_size_grows_with_the_memory_and_stays_within_its_share_of_it() -> None:
+    assert gpu_model.QWEN3_30B_A3B.num_weights == 30_532_122_624  # as published
+    way = gpu_model.Way(side="torch_native", precision="bf16")
+    weights = []
+    for free in (40 * 10**9, 80 * 10**9, 141 * 10**9):
+        size = gpu_model.filling(free)
+        assert gpu_model.estimate_bytes(size, way, fused_adam=False) <= gpu_model.FILL * free
+        weights.append(size.num_weights)
+    assert weights == sorted(set(weights))
+    # On an H200, most of it.
+    assert gpu_model.estimate_bytes(size, way, fused_adam=False) > 0.7 * free
+    with pytest.raises(ConfigError, match=r"2\.0 GB are free, .* needs 26\.6 GB"):
+        gpu_model.filling(2 * 10**9)
 
 
 def test_a_cpu_is_not_asked_to_fill_its_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtrl.models.backends.torch_native import fp8
+from mtrl.models.precision import Fp8
 from mtrl.parallel.device import current_device
 from mtrl.tools.bench import gpu_model
 from mtrl.tools.bench.gpu_model import Size, Way
@@ -51,7 +52,7 @@ def tried(run: Callable[[], Row]) -> Row:
     """A row, or the reason why there is none: kernels refuse shapes, dtypes and devices in many ways."""
     try:
         return run()
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, ImportError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError) as error:
         return {"obstacle": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
 
 
@@ -60,11 +61,14 @@ def ceiling(context: Context) -> Iterator[tuple[str, Row]]:
 
     Products are of random numbers: of zeros they are faster, for want of power.
     """
-    device, n = current_device().torch_device, 512 if context.tiny else 8192
+    device, n, rounds = current_device().torch_device, *((512, 10) if context.tiny else (8192, 100))
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     flops = 2 * n**3
-    yield "bf16", {"size": n, "flops_per_s": flops / seconds_of(lambda: torch.matmul(a, b, out=out))}
+    yield (
+        "bf16",
+        {"size": n, "flops_per_s": flops / seconds_of(lambda: torch.matmul(a, b, out=out), rounds=rounds)},
+    )
 
     def whole_tensor_fp8() -> Row:
         one = torch.ones((), device=device)
@@ -72,7 +76,7 @@ def ceiling(context: Context) -> Iterator[tuple[str, Row]]:
         run = lambda: torch._scaled_mm(  # noqa: E731
             a8, b8.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        return {"size": n, "flops_per_s": flops / seconds_of(run)}
+        return {"size": n, "flops_per_s": flops / seconds_of(run, rounds=rounds)}
 
     yield "fp8", tried(whole_tensor_fp8)
     num_bytes = 2**24 if context.tiny else 2**33
@@ -164,10 +168,10 @@ class Products:
             found[name] = bound + 2.0**-8 * (exact[name].abs() + bound)
         return found
 
-    def through(self, linear: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-        """Of a differentiable ``linear(x, weight)``."""
+    def in_blocks(self, how: Fp8) -> dict[str, Tensor]:
+        """Of torch_native."""
         x, weight = (each.detach().clone().requires_grad_() for each in (self.x, self.weight))
-        y = linear(x, weight)
+        y = fp8.block_linear(x, weight, how)
         dx, dweight = torch.autograd.grad(y, (x, weight), self.dy.to(y.dtype))
         return {"forward": y.detach(), "dgrad": dx, "wgrad": dweight}
 
@@ -196,15 +200,16 @@ def products_of(shape: tuple[int, int, int], *, outliers: bool) -> Products:
 
 
 def fp8_kernels(context: Context) -> Iterator[tuple[str, Row]]:
-    """Linears in FP8 blocks against float64 and the format's bound, for our reference, Transformer Engine
-    and torch's own product.
+    """Linears in FP8 blocks against float64 and the format's bound, for our reference, its sums of torch's
+    FP8 products over blocks (``model.fp8.products: scaled_mm``), Transformer Engine, and torch's product of
+    blocks.
     """
     for shape in TINY_SHAPES if context.tiny else FULL_SHAPES:
         for outliers in (False, True):
             given = products_of(shape, outliers=outliers)
             exact = given.exact()
             bounds = given.bounds(exact)
-            reference = given.through(fp8.block_linear)
+            reference = given.in_blocks(fp8.REFERENCE)
             for path, opened in PATHS.items():
                 name = f"{path} {'x'.join(map(str, shape))}{' outliers' if outliers else ''}"
                 yield name, tried(partial(kernel_row, opened, given, exact, bounds, reference))
@@ -258,7 +263,11 @@ def transformer_engine_products(given: Products) -> Callable[[], dict[str, Tenso
 
 
 def scaled_mm_product(given: Products) -> Callable[[], dict[str, Tensor]]:
-    """torch's product of e4m3 blocks, 1 x 128 by 128 x 128, forward alone."""
+    """torch's product of e4m3 blocks, 1 x 128 by 128 x 128, forward alone.
+
+    cuBLAS ("Scaling factors layouts", block scaling of FP8) wants the scales of 1 x 128 with tokens next to
+    each other, and those of 128 x 128 with a weight's inputs next to each other, a multiple of 4 of them.
+    """
     kinds: Any = F.ScalingType
 
     def run() -> dict[str, Tensor]:
@@ -266,9 +275,8 @@ def scaled_mm_product(given: Products) -> Callable[[], dict[str, Tensor]]:
         w8, w_scales = fp8.quantise(given.weight, fp8.SQUARE)
         y = F.scaled_mm(
             x8, w8.t(),
-            # cuBLAS wants the scales of 1 x 128 with tokens next to each other.
             x_scales.t().contiguous().t(), kinds.BlockWise1x128,
-            w_scales.t(), kinds.BlockWise128x128,
+            F.pad(w_scales, (0, -w_scales.shape[1] % 4)).t(), kinds.BlockWise128x128,
             output_dtype=torch.bfloat16,
         )  # fmt: skip
         return {"forward": y}
@@ -277,7 +285,8 @@ def scaled_mm_product(given: Products) -> Callable[[], dict[str, Tensor]]:
 
 
 PATHS: dict[str, Callable[[Products], Callable[[], dict[str, Tensor]]]] = {
-    "reference": lambda given: lambda: given.through(fp8.block_linear),
+    "reference": lambda given: lambda: given.in_blocks(fp8.REFERENCE),
+    "block_sums": lambda given: lambda: given.in_blocks(Fp8(products="scaled_mm")),
     "transformer_engine": transformer_engine_products,
     "scaled_mm": scaled_mm_product,
 }
