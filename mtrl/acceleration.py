@@ -78,6 +78,7 @@ def check_acceleration(
     _check_user_buffers(config, actor)
     _check_fp8_rollout(config, model)
     _check_memory(config)
+    _check_moments(config)
     if config.model.fp8.products == "scaled_mm" and ask().machine.gpu is not None:
         raise ConfigError(
             "model.fp8.products: scaled_mm, whose products torch rounds to bf16 on a GPU, block by block; "
@@ -103,6 +104,8 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "actor.moe.permute_fusion: true", "permute_fusion", "actor.moe.permute_fusion=false"
     if config.actor.tp_comm_overlap:
         yield "actor.tp_comm_overlap: true", "tp_comm_overlap", "actor.tp_comm_overlap=false"
+    if config.actor.optimizer.moments == "bf16":
+        yield "actor.optimizer.moments: bf16", "bf16_moments", "actor.optimizer.moments=fp32"
     if config.rollout.sleep:
         yield "rollout.sleep: true", "sleep", "rollout.sleep=false"
     if _has_fp8_rollout(config):
@@ -233,6 +236,15 @@ def _check_fp8_rollout(config: Config, model: ModelConfig) -> None:
     if _has_fp8_rollout(config):
         fp8_names(model)
         check_sliced(model, rollout_spec(config), expert_parallel=config.rollout.expert_parallel)
+
+
+def _check_moments(config: Config) -> None:
+    optimizer = config.actor.optimizer
+    if optimizer.moments == "bf16" and not optimizer.distributed:
+        raise ConfigError(
+            "actor.optimizer.moments: bf16, which Megatron-Core has in its distributed optimizer alone; "
+            "write actor.optimizer.distributed=true, or moments=fp32"
+        )
 
 
 def _check_memory(config: Config) -> None:

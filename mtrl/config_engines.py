@@ -89,6 +89,10 @@ class OptimizerSection(Section):
     distributed: bool = True
     """Megatron's distributed optimizer: state is sharded over data parallel ranks; no effect at d1."""
 
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of Adam's moments between steps. bf16 halves them, through Transformer Engine's FusedAdam; needs
+    ``distributed``. Checkpoints hold fp32 in both."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSection(Section):

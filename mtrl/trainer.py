@@ -31,6 +31,16 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+_BF16_MOMENTS: dict[str, Any] = {
+    "use_precision_aware_optimizer": True,
+    "exp_avg_dtype": torch.bfloat16,
+    "exp_avg_sq_dtype": torch.bfloat16,
+    # Says nothing of how the model computes: told of blocks, Megatron keeps the masters itself, in fp32,
+    # where checkpoints know them, and gives FusedAdam the moments alone (OptimizerConfig.__post_init__).
+    "fp8_recipe": "blockwise",
+    "store_param_remainders": False,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
@@ -112,6 +122,7 @@ class Trainer:
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=settings.distributed,
+                **_BF16_MOMENTS if settings.moments == "bf16" else {},
             ),
             self.chunks,
             use_gloo_process_groups=False,

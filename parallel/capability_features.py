@@ -7,7 +7,7 @@ from mtrl.parallel.capability_table import Hardware, PackageName
 
 FeatureName = Literal[
     "train", "rollout", "fused_adam", "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
-    "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "fp8_rollout", "sleep",
+    "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "bf16_moments", "fp8_rollout", "sleep",
 ]  # fmt: skip
 
 
@@ -82,6 +82,11 @@ FEATURES: tuple[Feature, ...] = (
         what="actor.tp_comm_overlap",
         any_of=("transformer-engine",),
         built=False,
+    ),
+    Feature(
+        name="bf16_moments",
+        what="actor.optimizer.moments: bf16",
+        any_of=("transformer-engine",),
     ),
     Feature(
         name="wgrad_fusion",

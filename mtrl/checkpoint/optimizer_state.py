@@ -1,8 +1,9 @@
 """Megatron's optimizer state, addressed by boxes of Hugging Face tensors.
 
-Three kinds of tensors, all float32: ``master`` (only where the model's weights are narrower), ``exp_avg`` and
-``exp_avg_sq``. A box of one of them is a tensor of a safetensors file, named ``KIND|TENSOR|0:64,32:64``.
-Every element is written by one rank, and a rank of any layout reads the boxes it needs.
+Three kinds of tensors: ``master`` (only where the model's weights are narrower), ``exp_avg``, ``exp_avg_sq``.
+A checkpoint holds them in float32, whatever Adam keeps moments in. A box of one of them is a tensor of a
+safetensors file, named ``KIND|TENSOR|0:64,32:64``. Every element is written by one rank, and a rank of any
+layout reads the boxes it needs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +121,7 @@ class OptimizerState:
             shard, part = holders[name][held]
             for kind, tensor in shard.tensors().items():
                 region = range_region(tensor, part).reshape(held.shape)
-                found[box_name(kind, name, box)] = region[box.relative_to(held).slices]
+                found[box_name(kind, name, box)] = region[box.relative_to(held).slices].float()
         return found
 
     def restore(self, source: "BoxSource") -> int:
@@ -176,9 +177,10 @@ def _main_tensors(optimizer: Any) -> Iterator[tuple[Tensor, Tensor, int, int]]:
 
 def _initialize(shard: Shard) -> None:
     state = shard.state
+    dtypes = getattr(shard.optimizer, "name_to_dtype_map", {})  # Transformer Engine's
     for kind in MOMENTS:
         if kind not in state:
-            state[kind] = torch.zeros_like(shard.main)
+            state[kind] = torch.zeros_like(shard.main, dtype=dtypes.get(kind))
     # torch's Adam counts steps in each parameter's state; the fused ones in the group.
     if "step" not in state and isinstance(shard.optimizer, torch.optim.Adam):
         state["step"] = torch.tensor(0.0, dtype=torch.float32)

@@ -9,14 +9,13 @@ import torch
 from tests.distributed.toy_runs import batch, microbatches
 
 
-def open_run(model: Any, *, distributed: bool) -> Any:
+def open_run(model: Any, *, distributed: bool, **settings: Any) -> Any:
     """A trainer with a schedule on the way."""
     from mtrl.config_engines import OptimizerSection
     from mtrl.trainer import Trainer
 
-    trainer = Trainer(
-        model, OptimizerSection(lr=1e-2, grad_clip=0.5, distributed=distributed, weight_decay=0.1)
-    )
+    section = OptimizerSection(lr=1e-2, grad_clip=0.5, distributed=distributed, weight_decay=0.1, **settings)
+    trainer = Trainer(model, section)
     trainer.start_phase(total_steps=8, lr=1e-2, warmup_steps=2, decay="cosine")
     return trainer
 

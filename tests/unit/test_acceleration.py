@@ -102,6 +102,10 @@ RULES: dict[str, tuple[list[str], str]] = {
         [SHARED, "actor.recompute=selective", "actor.recompute_modules=[shared_experts]"],
         "with recompute_modules that hold shared_experts",
     ),
+    "moments of every rank": (
+        ["actor.optimizer.moments=bf16", "actor.optimizer.distributed=false"],
+        "which Megatron-Core has in its distributed optimizer alone",
+    ),
     "offloading without an engine": (["actor.offload=all"], "sft, which has no engine to make room for"),
     "sleep without an engine": (["rollout.sleep=true"], "rollout.sleep: true with sft"),
     "user buffers in plain torch": (
@@ -167,6 +171,7 @@ ASKED: dict[str, tuple[list[str], str, str]] = {
     "transformer_engine": ([TE], "model.backend: transformer_engine", "model.backend=torch_native"),
     "deepep": ([DEEPEP], "actor.moe.dispatcher: deepep", "actor.moe.dispatcher=alltoall"),
     "hybridep": (["actor.moe.dispatcher=hybridep"], "actor.moe.dispatcher: hybridep", "alltoall"),
+    "bf16_moments": (["actor.optimizer.moments=bf16"], "actor.optimizer.moments: bf16", "moments=fp32"),
     "permute_fusion": (["actor.moe.permute_fusion=true"], "actor.moe.permute_fusion: true", "false"),
 }
 
