@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from mtrl.parallel.capabilities import Machine, Survey
 from mtrl.parallel.errors import ConfigError
-from mtrl.tools.bench import gpu, gpu_model, gpu_page, gpu_stages
+from mtrl.tools.bench import gpu, gpu_page, gpu_sizes, gpu_stages
 
 pytestmark = pytest.mark.one_stack
 KERNEL_SHAPES = ("128x256x384", "128x256x384 outliers", "256x128x128", "256x128x128 outliers")
@@ -140,18 +141,25 @@ def test_a_process_that_ends_badly_or_hangs_is_a_row_with_the_reason() -> None:
 
 
 def test_the_size_grows_with_the_memory_and_stays_within_its_share_of_it() -> None:
-    assert gpu_model.QWEN3_30B_A3B.num_weights == 30_532_122_624  # as published
-    way = gpu_model.Way(side="torch_native", precision="bf16")
+    assert gpu_sizes.QWEN3_30B_A3B.num_weights == 30_532_122_624  # as published
+    way = gpu_sizes.Way(side="torch_native", precision="bf16")
     weights = []
     for free in (40 * 10**9, 80 * 10**9, 141 * 10**9):
-        size = gpu_model.filling(free)
-        assert gpu_model.estimate_bytes(size, way, fused_adam=False) <= gpu_model.FILL * free
+        size = gpu_sizes.filling(free)
+        assert gpu_sizes.estimate_bytes(size, way, fused_adam=False) <= gpu_sizes.FILL * free
         weights.append(size.num_weights)
     assert weights == sorted(set(weights))
     # On an H200, most of it.
-    assert gpu_model.estimate_bytes(size, way, fused_adam=False) > 0.7 * free
+    assert gpu_sizes.estimate_bytes(size, way, fused_adam=False) > 0.7 * free
     with pytest.raises(ConfigError, match=r"2\.0 GB are free, .* needs 26\.6 GB"):
-        gpu_model.filling(2 * 10**9)
+        gpu_sizes.filling(2 * 10**9)
+
+
+def test_without_a_gpu_it_says_how_to_try_the_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nothing = Survey(machine=Machine(gpu=None, sm=None, cuda=None), packages=(), features={})
+    monkeypatch.setattr(gpu, "survey", lambda: nothing)  # also on a machine that has one
+    with pytest.raises(SystemExit, match="found no GPU; to try the script itself: --size tiny --device cpu"):
+        gpu.main(["--json", str(tmp_path / "gpu.json"), "--page", str(tmp_path / "gpu.md")])
 
 
 def test_a_cpu_is_not_asked_to_fill_its_memory(capsys: pytest.CaptureFixture[str]) -> None:

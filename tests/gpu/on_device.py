@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mtrl.memory import Shelf
 from mtrl.parallel.device import current_device
-from mtrl.tools.bench import gpu_model
+from mtrl.tools.bench import gpu_model, gpu_sizes
 from mtrl.tools.group_check import COLLECTIVES, measure
 
 
@@ -39,8 +39,8 @@ def shelf() -> dict[str, Any]:
 def trainer_shelves() -> dict[str, Any]:
     """Bytes in use around a trainer's parts put away; are weights and moments the same afterwards?"""
     groups = gpu_model.alone()
-    way = gpu_model.Way(side="torch_native", precision="bf16")
-    opened = gpu_model.open_mtrl(gpu_model.TINY, way, groups, like_everywhere=True)
+    way = gpu_sizes.Way(side="torch_native", precision="bf16")
+    opened = gpu_model.open_mtrl(gpu_sizes.TINY, way, groups, like_everywhere=True)
     losses = [opened.step()]
     trainer = opened.trainer
     assert trainer is not None

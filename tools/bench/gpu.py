@@ -98,20 +98,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_child(options: argparse.Namespace) -> None:
     """One stage, in its own process: a line of JSON for each row, as soon as there is one."""
-    from mtrl.tools.bench import gpu_model, gpu_stages
+    from mtrl.tools.bench import gpu_sizes, gpu_stages
 
     stage, file = options.child
     free = options.free_bytes or gpu_stages.memory_row()["free"]
     context = gpu_stages.Context(
-        size=gpu_model.TINY if options.size == "tiny" else gpu_model.filling(free),
-        ways=[gpu_model.Way.parse(text) for text in options.ways],
+        size=gpu_sizes.TINY if options.size == "tiny" else gpu_sizes.filling(free),
+        ways=[gpu_sizes.Way.parse(text) for text in options.ways],
         tiny=options.size == "tiny",
     )
     with Path(file).open("a") as out:
         for name, row in gpu_stages.STAGES[stage](context):
             out.write(json.dumps([name, row]) + "\n")
             out.flush()
-    gpu_model.leave()
 
 
 def measure(options: argparse.Namespace, numbers: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,7 @@ from torch import Tensor
 from mtrl.models.backends.torch_native import fp8
 from mtrl.models.precision import Fp8
 from mtrl.parallel.device import current_device
-from mtrl.tools.bench import gpu_model
-from mtrl.tools.bench.gpu_model import Size, Way
+from mtrl.tools.bench.gpu_sizes import QWEN3_30B_A3B, TINY, Size, Way, estimate_bytes
 from mtrl.weight_push.copies import Copies
 
 PARITY_STEPS, PARITY_LR = 5, 2e-3
@@ -36,14 +36,48 @@ class Context:
     tiny: bool
 
 
+def synchronise() -> None:
+    """Wait for the device."""
+    if current_device().kind == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(
+    step: Callable[[], float], *, warm: int, at_least: int, at_most_s: float
+) -> tuple[list[float], list[float]]:
+    """Seconds and losses of steps after ``warm`` uncounted ones: ``at_least`` so many, then while there is
+    time. Losses are those of all steps.
+    """
+    seconds: list[float] = []
+    losses: list[float] = []
+    begin = time.perf_counter()
+    while len(seconds) < warm + at_least or time.perf_counter() - begin < at_most_s:
+        synchronise()
+        start = time.perf_counter()
+        losses.append(step())
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+        if len(seconds) >= warm + 20:
+            break
+    return seconds[warm:], losses
+
+
+def peak_bytes() -> int:
+    """The most that tensors took on the device; on a CPU, what the process had resident at most."""
+    if current_device().kind == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def seconds_of(run: Callable[[], Any], *, rounds: int = 10) -> float:
     """The median of single runs, after two that are not counted."""
     times = []
     for _ in range(rounds + 2):
-        gpu_model.synchronise()
+        synchronise()
         start = time.perf_counter()
         run()
-        gpu_model.synchronise()
+        synchronise()
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
@@ -100,15 +134,20 @@ def memory_row() -> Row:
 
 def parity(context: Context) -> Iterator[tuple[str, Row]]:
     """Losses of the first steps of a toy, from weights and batches that are the same on every device."""
+    from mtrl.tools.bench import gpu_model  # Megatron, which other stages do without
+
     groups = gpu_model.alone()
     for way in context.ways:
-        opened = gpu_model.open_mtrl(gpu_model.TINY, way, groups, like_everywhere=True, lr=PARITY_LR)
+        opened = gpu_model.open_mtrl(TINY, way, groups, like_everywhere=True, lr=PARITY_LR)
         losses = [opened.step() for _ in range(PARITY_STEPS)]
         yield str(way), {"losses": losses, "device": str(current_device().torch_device)}
+    gpu_model.leave()
 
 
 def steps(context: Context) -> Iterator[tuple[str, Row]]:
     """Time and memory of training steps."""
+    from mtrl.tools.bench import gpu_model
+
     size, tiny = context.size, context.tiny
     groups = None
     for way in context.ways:
@@ -121,23 +160,24 @@ def steps(context: Context) -> Iterator[tuple[str, Row]]:
         ready_s = time.perf_counter() - begin
         if current_device().kind == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds, losses = gpu_model.timed(
+        seconds, losses = timed(
             opened.step, warm=1 if tiny else 2, at_least=2 if tiny else 3, at_most_s=0.0 if tiny else 15.0
         )
         row: Row = {
             "seconds": seconds,
             "losses": losses,
-            "peak_bytes": gpu_model.peak_bytes(),
+            "peak_bytes": peak_bytes(),
             "ready_s": ready_s,
         }
         if way.side != "transformers":
             fused = any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
-            row["estimated_bytes"] = gpu_model.estimate_bytes(size, way, fused_adam=fused)
+            row["estimated_bytes"] = estimate_bytes(size, way, fused_adam=fused)
         row["tokens_per_s"] = size.step_tokens / statistics.median(seconds)
         row["flops_per_s"] = row["tokens_per_s"] * size.flops_per_token
         about = {"layers": size.num_layers, "experts": size.num_experts, "weights": size.num_weights}
         about |= {"active": size.num_active, "flops_per_token": size.flops_per_token}
         yield str(way), row | about | {"step_tokens": size.step_tokens, "note": opened.note}
+    gpu_model.leave()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +336,7 @@ def push(context: Context) -> Iterator[tuple[str, Row]]:
     """The copies of a push from trainer's to engine's tensors of one GPU. No engine: tensors of the shapes
     that vLLM has for Qwen3-30B-A3B's layers, and nothing travels.
     """
-    size = gpu_model.TINY if context.tiny else gpu_model.QWEN3_30B_A3B
+    size = TINY if context.tiny else QWEN3_30B_A3B
     per_layer = 2 * (size.num_weights - 2 * size.hidden_size * size.vocab_size) // size.num_layers
     num_layers = 2 if context.tiny else math.ceil(10e9 / per_layer)
     for name, is_stacked in (("experts stacked", True), ("experts one by one", False)):
