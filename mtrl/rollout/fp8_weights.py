@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
+from mtrl.models.backends.torch_native.fp8 import SQUARE
 from mtrl.models.boxes import Box, parse_pattern
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import Weight, family_named
-from mtrl.models.hf_folder import SCALE_SUFFIX, Blocks
+from mtrl.models.hf_folder import SCALE_SUFFIX
 from mtrl.models.roles import Role
 from mtrl.parallel.errors import LayoutError, ModelError
 from mtrl.parallel.spec import RolloutSpec
-
-BLOCKS = Blocks(rows=128, columns=128)
 
 _ROLES: frozenset[Role] = frozenset((
     "attention.query", "attention.key", "attention.value", "attention.output",
@@ -43,7 +42,7 @@ def fp8_names(config: ModelConfig) -> tuple[str, ...]:
 
 def with_scales(shapes: Mapping[str, tuple[int, ...]], names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors, those of the scales of ``names`` among them."""
-    return {**shapes, **{name + SCALE_SUFFIX: BLOCKS.grid(shapes[name]) for name in names}}
+    return {**shapes, **{name + SCALE_SUFFIX: SQUARE.grid(shapes[name]) for name in names}}
 
 
 def fp8_dtypes(names: Iterable[str]) -> dict[str, torch.dtype]:
@@ -69,7 +68,7 @@ def quantization_config(config: ModelConfig) -> dict[str, Any]:
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCKS.rows, BLOCKS.columns],
+        "weight_block_size": [SQUARE.rows, SQUARE.columns],
         "modules_to_not_convert": matrices,
     }
 
@@ -82,9 +81,9 @@ def check_sliced(config: ModelConfig, spec: RolloutSpec, *, expert_parallel: boo
     if config.moe is None or expert_parallel or spec.tp == 1:
         return
     share = config.moe.expert_hidden_size // spec.tp
-    if share % BLOCKS.columns:
+    if share % SQUARE.columns:
         raise LayoutError(
-            f"{spec}: FP8 blocks are {BLOCKS.columns} wide, and t{spec.tp} leaves each rank {share} of the "
+            f"{spec}: FP8 blocks are {SQUARE.columns} wide, and t{spec.tp} leaves each rank {share} of the "
             f"{config.moe.expert_hidden_size} of an expert; use rollout.expert_parallel=true, or a smaller t"
         )
 
@@ -95,7 +94,7 @@ def block_box(box: Box) -> Box:
     >>> block_box(Box(((100, 256), (0, 40))))
     Box(ranges=((0, 2), (0, 1)))
     """
-    sizes = (BLOCKS.rows, BLOCKS.columns)
+    sizes = (SQUARE.rows, SQUARE.columns)
     return Box(
         tuple(
             (low // size, math.ceil(high / size)) for (low, high), size in zip(box.ranges, sizes, strict=True)

@@ -18,7 +18,7 @@ _ROWS, _COLUMNS = (1, 16, 32), (1, 2, 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blocks:
+class KernelLayout:
     """A stack of matrices [..., N, K] kept as [..., N / rows, K / columns, rows, columns]."""
 
     rows: int
@@ -78,7 +78,9 @@ def _within(part: tuple[int, int], block: int) -> tuple[slice, slice]:
     return slice(low // block, low // block + 1), slice(low % block, low % block + high - low)
 
 
-def find_blocks(pack: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Blocks | None:
+def find_layout(
+    pack: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> KernelLayout | None:
     """How ``pack`` orders the elements of a matrix [N, K]; None where it is no such order of blocks.
 
     ``pack`` takes and returns a stack of one matrix, and must only move elements.
@@ -96,12 +98,12 @@ def find_blocks(pack: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: t
     for rows, columns in itertools.product(_ROWS, _COLUMNS):
         if num_rows % rows or num_columns % columns:
             continue
-        blocks = Blocks(rows=rows, columns=columns)
+        layout = KernelLayout(rows=rows, columns=columns)
         whole = ((0, 1), (0, num_rows), (0, num_columns))
         if all(
             torch.equal(view.reshape(1, num_rows, num_columns), digit)
             for digit, each in zip(digits, packed, strict=True)
-            for _, view in blocks.pieces(each, whole)
+            for _, view in layout.pieces(each, whole)
         ):
-            return blocks
+            return layout
     return None

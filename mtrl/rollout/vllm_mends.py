@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.parallel.errors import RolloutError
-from mtrl.rollout.kernel_layout import Blocks, find_blocks
+from mtrl.rollout.kernel_layout import KernelLayout, find_layout
 from mtrl.rollout.vllm_process import check_version
 
 _SOURCE = "https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/"
@@ -126,17 +126,17 @@ def _mend_cpu_experts() -> None:
     CPUUnquantizedExperts.apply = apply
 
 
-def _kernel_layout(live: Tensor, packed: Tensor, isa: str) -> Blocks | None:
+def _kernel_layout(live: Tensor, packed: Tensor, isa: str) -> KernelLayout | None:
     """How the experts' kernel keeps its weights; None where they were padded too, or in another way."""
-    return _packed_blocks(isa, tuple(live.shape[1:]), live.dtype) if live.shape == packed.shape else None
+    return _packed_layout(isa, tuple(live.shape[1:]), live.dtype) if live.shape == packed.shape else None
 
 
 @cache
-def _packed_blocks(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> Blocks | None:
+def _packed_layout(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> KernelLayout | None:
     """Probed once for all layers of a model."""
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    return find_blocks(lambda matrix: cpu_prepack_moe_weight(matrix, isa), shape, dtype)
+    return find_layout(lambda matrix: cpu_prepack_moe_weight(matrix, isa), shape, dtype)
 
 
 def _rotate_every_head() -> None:

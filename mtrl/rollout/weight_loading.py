@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.parallel.errors import WeightError
-from mtrl.rollout.kernel_layout import Blocks, Ranges, in_dims_of, shifted, slices_of
+from mtrl.rollout.kernel_layout import KernelLayout, Ranges, in_dims_of, shifted, slices_of
 from mtrl.rollout.loader_record import EMPTY_RECORD, LoaderRecord, RecordedCopy, record_loader
 from mtrl.rollout.vllm_mends import DERIVED_PARAMETERS
 
@@ -37,7 +37,7 @@ class WeightLoader:
         self._parameters: dict[str, Tensor] = {
             name: p.data for name, p in model.named_parameters() if not name.endswith(DERIVED_PARAMETERS)
         }
-        self._layouts: dict[str, Blocks] = {
+        self._layouts: dict[str, KernelLayout] = {
             name: layout
             for name, p in model.named_parameters()
             if (layout := getattr(p, "kernel_layout", None)) is not None

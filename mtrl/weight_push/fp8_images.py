@@ -17,11 +17,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from mtrl.models.backends.torch_native.fp8 import E4M3, block_scales
+from mtrl.models.backends.torch_native.fp8 import E4M3, SQUARE, block_scales
 from mtrl.models.boxes import Box
 from mtrl.models.hf_folder import SCALE_SUFFIX, Blocks
 from mtrl.models.transfers import Boxes
-from mtrl.rollout.fp8_weights import BLOCKS, block_box
+from mtrl.rollout.fp8_weights import block_box
 from mtrl.weight_push.copies import Copies
 from mtrl.weight_push.nodes import NodePlan, plan_nodes
 from mtrl.weight_push.plan import disjoint
@@ -130,7 +130,7 @@ class _Batch:
     def blocked(self, canvas: Tensor) -> Tensor:
         """A canvas as [N, rows of blocks, 128, columns of blocks, 128]."""
         number, rows, columns = self.grid
-        return canvas.view(number, rows, BLOCKS.rows, columns, BLOCKS.columns)
+        return canvas.view(number, rows, SQUARE.rows, columns, SQUARE.columns)
 
 
 class Fp8Images:
@@ -265,7 +265,7 @@ class Fp8Images:
         batch.of(self._largest).copy_(batch.blocked(batch.canvas).abs().amax((2, 4)))
 
 
-_SIZES = (BLOCKS.rows, BLOCKS.columns)
+_SIZES = (SQUARE.rows, SQUARE.columns)
 
 
 def _within(box: Box, blocks: Box) -> Box:
