@@ -31,7 +31,7 @@ REQUIRED = [
 EXTRAS = {
     # The engine's private interfaces are used and tested at this version only.
     "cuda": ["vllm==0.32.0"],
-    # Compiles its torch part against the torch that is there: pip install --no-build-isolation 'mtrl[te]'.
+    # Compiles its torch part against the torch that is there: pip install --no-build-isolation '.[te]'.
     "te": ["transformer_engine[core_cu13,pytorch]==2.19.0"],
     "datasets": ["datasets>=4"],
     "dev": [

@@ -4,34 +4,22 @@ Rules between keys come first, since they hold on any machine; then the one plac
 and works here (`mtrl.parallel.capabilities`), asked once and only for what goes beyond plain torch.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Literal
-
-import torch
 
 from mtrl.config import Config
 from mtrl.config_acceleration import Fp8Section, MoeSection
-from mtrl.config_check import RANKS_PER_NODE, rollout_spec
-from mtrl.models.backends import Backend, unsupported
+from mtrl.config_check import rollout_spec
+from mtrl.model_settings import FLEX, RECIPES, backend_of, fp8_of, weights_precision
+from mtrl.models.backends import unsupported
 from mtrl.models.config import ModelConfig
-from mtrl.models.precision import Fp8, Recipe
 from mtrl.parallel.capabilities import Survey, survey
-from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import ConfigError
 from mtrl.parallel.spec import ParallelSpec
 from mtrl.rollout.fp8_weights import check_sliced, fp8_names
 
-RECIPES: dict[str, Recipe] = {
-    "fp8_blockwise": "fp8_blockwise",
-    "fp8_delayed": "fp8_delayed",
-    "mxfp8": "mxfp8",
-}
-_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-_FLEX = ("deepep", "hybridep")
-# DeepEP's readme measures its kernels with 24 SMs; Megatron-Core's default is 20.
-_SMS_ON_A_NODE, _SMS_ACROSS = 20, 24
+# What `Buffer.get_dispatch_config` of DeepEP 1.2.1 has an entry for.
+_DEEPEP_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
 _WITHOUT_TE = "write model.backend=transformer_engine"
 
 
@@ -41,36 +29,11 @@ def this_machine() -> Survey:
     return survey()
 
 
-def backend_of(config: Config) -> Backend:
-    """Whose layers the trainer uses."""
-    # `auto` waits for a GPU to have run Transformer Engine's: docs/verified.md.
-    return "torch_native" if config.model.backend == "auto" else config.model.backend
-
-
-def weights_precision(config: Config) -> Literal["fp32", "bf16"]:
-    """Dtype of weights and activations: FP8 training keeps bf16."""
-    return "fp32" if config.model.precision == "fp32" else "bf16"
-
-
-def fp8_of(config: Config) -> Fp8 | None:
-    """How linears compute in FP8, or that they do not."""
-    recipe, section = RECIPES.get(config.model.precision), config.model.fp8
-    if recipe is None:
-        return None
-    return Fp8(
-        recipe=recipe,
-        gradients=section.gradients,
-        products=section.products,
-        bf16_first_layers=section.bf16_first_layers,
-        bf16_last_layers=section.bf16_last_layers,
-    )
-
-
 def check_acceleration(
     config: Config, actor: ParallelSpec, model: ModelConfig, ask: Callable[[], Survey] = this_machine
 ) -> None:
     """Raise ConfigError for what is asked for and cannot work: the key, what was given, the fix."""
-    _check_fp8(config, model)
+    _check_fp8(config, actor, model)
     _check_dispatch(config, actor, model)
     _check_overlap(config, actor)
     _check_shared_experts(config, model)
@@ -79,7 +42,8 @@ def check_acceleration(
     _check_fp8_rollout(config, model)
     _check_memory(config)
     _check_moments(config)
-    if config.model.fp8.products == "scaled_mm" and ask().machine.gpu is not None:
+    is_native = backend_of(config) == "torch_native"
+    if is_native and config.model.fp8.products == "scaled_mm" and ask().machine.gpu is not None:
         raise ConfigError(
             "model.fp8.products: scaled_mm, whose products torch rounds to bf16 on a GPU, block by block; "
             "write dequantised"
@@ -98,7 +62,7 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "model.backend: transformer_engine", "transformer_engine", "model.backend=torch_native"
         if config.model.precision in RECIPES:
             yield f"model.precision: {config.model.precision}", config.model.precision, "model.precision=bf16"
-    if moe.dispatcher in _FLEX:
+    if moe.dispatcher in FLEX:
         yield f"actor.moe.dispatcher: {moe.dispatcher}", moe.dispatcher, "actor.moe.dispatcher=alltoall"
     if moe.permute_fusion:
         yield "actor.moe.permute_fusion: true", "permute_fusion", "actor.moe.permute_fusion=false"
@@ -112,7 +76,7 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "rollout.dtype: fp8", "fp8_rollout", "rollout.dtype=bf16"
 
 
-def _check_fp8(config: Config, model: ModelConfig) -> None:
+def _check_fp8(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:
     fp8, section = fp8_of(config), config.model.fp8
     if fp8 is None:
         if section != Fp8Section():
@@ -132,6 +96,13 @@ def _check_fp8(config: Config, model: ModelConfig) -> None:
             f"model.fp8: {fp8.bf16_first_layers} first and {fp8.bf16_last_layers} last layers in bf16 leave "
             f"none of {model.num_layers} for FP8; lower them, or write model.precision=bf16"
         )
+    most = model.num_layers // actor.attn.pp
+    if backend_of(config) != "torch_native" and max(fp8.bf16_first_layers, fp8.bf16_last_layers) > most:
+        raise ConfigError(
+            f"model.fp8: {fp8.bf16_first_layers} first and {fp8.bf16_last_layers} last layers in bf16, of "
+            f"which Megatron-Core takes at most the {most} of one of {actor.attn.pp} pipeline stages; "
+            "lower them"
+        )
     if kept and fp8.recipe == "fp8_delayed":
         raise ConfigError(
             "model.fp8: bf16_first_layers and bf16_last_layers, but Megatron-Core keeps no layer in bf16 "
@@ -143,17 +114,24 @@ def _check_dispatch(config: Config, actor: ParallelSpec, model: ModelConfig) -> 
     moe = config.actor.moe
     if model.moe is None and moe != MoeSection():
         raise ConfigError("actor.moe: given for a dense model, which has no experts; leave the section out")
-    if moe.num_sms is not None and (moe.num_sms % 2 or moe.dispatcher not in _FLEX):
+    if moe.num_sms is not None and (moe.num_sms % 2 or moe.dispatcher not in FLEX):
         why = "is odd" if moe.num_sms % 2 else f"has no effect on dispatcher {moe.dispatcher}"
         raise ConfigError(
             f"actor.moe.num_sms: given {moe.num_sms}, which {why}; write null or an even number"
         )
-    if moe.dispatcher not in _FLEX:
+    if moe.dispatcher not in FLEX:
         return
     if actor.ffn.ep * actor.ffn.etp == 1:
         raise ConfigError(
             f"actor.moe.dispatcher: given {moe.dispatcher} with {actor}, whose experts are on one rank, so "
             "nothing travels; write e2 or more in actor.backend, or actor.moe.dispatcher=alltoall"
+        )
+    num_ranks = actor.ffn.ep * actor.ffn.etp
+    if moe.dispatcher == "deepep" and num_ranks not in _DEEPEP_RANKS:
+        nearest = min(_DEEPEP_RANKS, key=lambda n: abs(n - num_ranks))
+        raise ConfigError(
+            f"actor.moe.dispatcher: given deepep with {actor}, whose experts are over {num_ranks} ranks, "
+            f"which DeepEP 1.2.1 has no settings for; the nearest that it has is {nearest}, or write alltoall"
         )
     if config.model.precision == "fp32":
         raise ConfigError(
@@ -248,7 +226,7 @@ def _check_moments(config: Config) -> None:
 
 
 def _check_memory(config: Config) -> None:
-    has_engine, settings = config.algorithm.name == "grpo", os.environ.get(_ALLOCATOR, "")
+    has_engine = config.algorithm.name == "grpo"
     if not has_engine and config.actor.offload != "none":
         raise ConfigError(
             f"actor.offload: given {config.actor.offload} with sft, which has no engine to make room for; "
@@ -256,57 +234,3 @@ def _check_memory(config: Config) -> None:
         )
     if not has_engine and config.rollout.sleep:
         raise ConfigError("rollout.sleep: true with sft, which has no engine; write false")
-    if config.rollout.sleep and "expandable_segments:True" in settings.replace(" ", ""):
-        raise ConfigError(
-            f"rollout.sleep: true, but {_ALLOCATOR} is {settings!r}, under which vLLM gives no memory back; "
-            "unset expandable_segments there, or write rollout.sleep=false"
-        )
-
-
-def in_use(config: Config, optimizer: Any) -> dict[str, str]:
-    """What a run computes with, for its summary; ``optimizer`` is Megatron's."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    adams = {
-        f"{type(each.optimizer).__module__}.{type(each.optimizer).__name__}"
-        for each in parts
-        if not getattr(each, "is_stub_optimizer", False)
-    }
-    used = {
-        "layers": backend_of(config),
-        "precision": config.model.precision,
-        "dispatcher": config.actor.moe.dispatcher,
-        "optimizer": ", ".join(sorted(adams)),
-        "device": _device_name(),
-    }
-    return {**used, "sampler": config.rollout.dtype} if config.algorithm.name == "grpo" else used
-
-
-def _device_name() -> str:
-    device = current_device()
-    return torch.cuda.get_device_name(device.torch_device) if device.kind == "cuda" else "cpu"
-
-
-def megatron_fields(config: Config, actor: ParallelSpec) -> dict[str, Any]:
-    """What ``actor.moe`` and ``actor.tp_comm_overlap`` are in Megatron's ``TransformerConfig``."""
-    moe = config.actor.moe
-    fields: dict[str, Any] = {
-        "moe_permute_fusion": moe.permute_fusion,
-        "moe_shared_expert_overlap": moe.shared_expert_overlap,
-        "overlap_moe_expert_parallel_comm": moe.overlap_expert_communication,
-        "tp_comm_overlap": config.actor.tp_comm_overlap,
-    }
-    fields = {name: True for name, value in fields.items() if value}
-    if moe.dispatcher in _FLEX:
-        fields |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": moe.dispatcher}
-        num_sms = moe.num_sms or _num_sms(config, actor)
-        if num_sms is not None:
-            fields[f"moe_{moe.dispatcher}_num_sms"] = num_sms
-    elif moe.dispatcher != "alltoall":
-        fields["moe_token_dispatcher_type"] = moe.dispatcher
-    return fields
-
-
-def _num_sms(config: Config, actor: ParallelSpec) -> int | None:
-    if config.actor.moe.dispatcher == "hybridep":
-        return None
-    return _SMS_ON_A_NODE if actor.ffn.ep * actor.ffn.etp <= RANKS_PER_NODE else _SMS_ACROSS

@@ -18,8 +18,9 @@ class Fp8Section(Section):
 
     key: ClassVar[str] = "model.fp8"
 
-    gradients: Literal["e4m3", "e5m2"] = "e4m3"
-    """Format of gradients; weights and activations are e4m3. Megatron calls e5m2 here ``hybrid``."""
+    gradients: Literal["auto", "e4m3", "e5m2"] = "auto"
+    """Format of gradients; weights and activations are e4m3. Megatron calls e5m2 here ``hybrid``. ``auto``:
+    e5m2 for fp8_delayed, whose one scale a tensor needs its range, e4m3 for blocks."""
 
     products: Literal["dequantised", "scaled_mm"] = "dequantised"
     """torch_native's: of what the FP8 numbers stand for, in fp32, or torch's own products of FP8 numbers, on
@@ -45,9 +46,9 @@ class MoeSection(Section):
     token. ``deepep`` and ``hybridep`` are DeepEP's kernels over NVLink and RDMA, through Megatron's flex."""
 
     num_sms: PositiveInt | None = None
-    """SMs that DeepEP's kernels take from the experts' products, an even number; null: 20 within a node,
-    24 across (DeepEP's own measurements), and what HybridEP chooses. Its buffers' sizes follow from hidden
-    size and ranks. No effect on other dispatchers."""
+    """SMs that DeepEP's kernels take from the experts' products, an even number. null: for deepep 20 within a
+    node, Megatron's default, and 24 across, with which DeepEP measures; for hybridep Megatron's. Its buffers'
+    sizes follow from hidden size and ranks. No effect on other dispatchers."""
 
     permute_fusion: bool = False
     """Sort tokens by expert, and back, in one kernel of Transformer Engine's."""

@@ -148,8 +148,8 @@ class ActorSection(Section):
     """How tokens travel to experts and back."""
 
     tp_comm_overlap: bool = False
-    """Move tensor parallel ranks' tokens while products run, in Transformer Engine's user buffers; needs
-    t2 or more."""
+    """Move tensor parallel ranks' tokens while products run, in Transformer Engine's user buffers. Not built
+    yet: refused wherever it is asked for."""
 
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in backward, which saves memory: whole layers, or ``recompute_modules``."""

@@ -1,12 +1,12 @@
 """Trainer and engine take turns with a GPU's memory: who is about to work says so, and the other makes room.
 
-    memory.to("training")   before steps and checkpoints: the engine sleeps, what was put away comes back
-    memory.to("push")       the optimizer and gradients are put away, the engine's weights wake
-    memory.to("sampling")   the trainer's weights are put away, the KV cache wakes
+    memory.to("training")   before steps and checkpoints: the engine sleeps, what was offloaded is onloaded
+    memory.to("push")       the optimizer and gradients are offloaded, the engine's weights wake
+    memory.to("sampling")   the trainer's weights are offloaded, the KV cache wakes
 
-Putting away copies a tensor's storage to host memory and empties it; bringing back fills it again. The tensor
-and all its views stay the objects they were, so Megatron's buffers, the optimizer and the plan of a push need
-not know. Nothing here is collective.
+Offloading copies a tensor's storage to host memory and empties it; onloading fills it again. The tensor and
+all its views stay the objects they were, so Megatron's buffers, the optimizer and the plan of a push need not
+know. Nothing here is collective.
 """
 
 import resource
@@ -57,46 +57,57 @@ class Sleeper(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """One thing done in a hand-over; bytes in use on this device before and after it."""
+    """One thing done in a hand-over: bytes it moved (0 for the engine's), and bytes in use on this device
+    before and after it.
+    """
 
     stage: Stage
     what: str
+    moved: int
     before: int
     after: int
 
 
-class Shelf:
-    """Tensors of one kind, put away together. ``keeps``: whether their contents matter."""
+class HostCopy:
+    """Tensors of one kind, offloaded together. ``keeps``: whether their contents matter."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, keeps: bool = True) -> None:
         self._tensors, self._keeps = tensors, keeps
-        self._away: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
+        self._offloaded: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
         self._host: dict[tuple[int, int], Tensor] = {}  # kept: page-locked memory is slow to make
 
-    def put_away(self) -> None:
-        """Empty the storages."""
-        assert not self._away, "put away already"
+    def offload(self) -> int:
+        """Empty the storages; the bytes they had."""
+        assert not self._offloaded, "offloaded already"
         found = {each.untyped_storage()._cdata: each.untyped_storage() for each in self._tensors()}
+        sizes = {key: storage.nbytes() for key, storage in found.items()}
+        self._host = {place: copy for place, copy in self._host.items() if sizes.get(place[0]) == place[1]}
         for key, storage in found.items():
             if not storage.resizable():
                 continue  # on a CPU, once numpy was given a view, as when a checkpoint was written
-            size = storage.nbytes()
-            copy = self._copy(key, storage, size) if self._keeps else None
-            self._away.append((storage, size, copy))
+            copy = self._copy(key, storage, sizes[key]) if self._keeps else None
+            self._offloaded.append((storage, sizes[key], copy))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        for storage, _, _ in self._away:
+        for storage, _, _ in self._offloaded:
             storage.resize_(0)
+        return self._num_bytes
 
-    def bring_back(self) -> None:
-        """Fill the storages again; with anything, where contents do not matter."""
-        for storage, size, copy in self._away:
+    def onload(self) -> int:
+        """Fill the storages again, with anything where contents do not matter; the bytes they have."""
+        num_bytes = self._num_bytes
+        for storage, size, copy in self._offloaded:
             storage.resize_(size)
             if copy is not None:
                 _bytes_of(storage, size).copy_(copy, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        self._away.clear()
+        self._offloaded.clear()
+        return num_bytes
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(size for _, size, _ in self._offloaded)
 
     def _copy(self, key: int, storage: torch.UntypedStorage, size: int) -> Tensor:
         is_locked = storage.device.type == "cuda"
@@ -112,12 +123,12 @@ def _bytes_of(storage: torch.UntypedStorage, size: int) -> Tensor:
 class Memory:
     """Whose turn it is, and what each hand-over did (``moves``, of the last one into each stage).
 
-    ``shelves`` are the trainer's parts; ``engine`` is None where nothing sleeps. ``is_engine_empty``: it has
+    ``parts`` are the trainer's; ``engine`` is None where nothing sleeps. ``is_engine_empty``: it has
     slept since `Memory` was last told that its weights are there (``filled``).
     """
 
-    def __init__(self, shelves: Mapping[Part, Shelf], engine: Sleeper | None, offload: Offload) -> None:
-        self.shelves, self.engine = shelves, engine
+    def __init__(self, parts: Mapping[Part, HostCopy], engine: Sleeper | None, offload: Offload) -> None:
+        self.parts, self.engine = parts, engine
         self.stage: Stage = "training"
         self.is_engine_empty = False
         self.moves: dict[Stage, list[Move]] = {}
@@ -132,10 +143,10 @@ class Memory:
         self.stage, moves = stage, []
         away, awake = self._targets.get(stage, ()), _AWAKE[stage]
 
-        def do(what: str, action: Callable[[], None]) -> None:
+        def do(what: str, action: Callable[[], int | None]) -> None:
             before = bytes_in_use()
-            action()
-            moves.append(Move(stage=stage, what=what, before=before, after=bytes_in_use()))
+            moved = action() or 0
+            moves.append(Move(stage=stage, what=what, moved=moved, before=before, after=bytes_in_use()))
 
         # First what frees memory, then what takes it.
         if self.engine is not None and not set(self._awake) <= set(awake):
@@ -143,12 +154,12 @@ class Memory:
             self._awake, self.is_engine_empty = (), True
         for part in away:
             if part not in self._away:
-                do(f"{part} put away", self.shelves[part].put_away)
+                do(f"{part} offloaded", self.parts[part].offload)
         if moves and torch.cuda.is_available():
             torch.cuda.empty_cache()  # the engine allocates past torch's cache
         for part in reversed(self._away):
             if part not in away:
-                do(f"{part} brought back", self.shelves[part].bring_back)
+                do(f"{part} onloaded", self.parts[part].onload)
         if self.engine is not None:
             for piece in awake:
                 if piece not in self._awake:
@@ -156,6 +167,13 @@ class Memory:
             self._awake = awake
         self._away = away
         self.moves[stage] = moves
+
+    def close(self) -> None:
+        """Before an engine is shut down, which frees memory that it has."""
+        if self.engine is not None:
+            for piece in _AWAKE["sampling"]:
+                if piece not in self._awake:
+                    self.engine.wake(piece)
 
     def filled(self) -> None:
         """A push has filled the engine's weights."""

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtrl.acceleration import backend_of, fp8_of, megatron_fields, weights_precision
 from mtrl.checkpoint.format import PhaseName
 from mtrl.checkpoint.reference import load_reference
 from mtrl.checkpoint.save import Checkpointer, copy_tokenizer
 from mtrl.data.order import DataCursor
 from mtrl.memory import Memory
 from mtrl.metrics import MetricsWriter
+from mtrl.model_settings import backend_of, fp8_of, moe_fields, weights_precision
 from mtrl.models.builder import Model, build_model
 from mtrl.models.hf import initialize, load_hf
 from mtrl.models.megatron_config import recompute_fields
@@ -96,6 +96,7 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
         finally:
             progress.close()
     if sampling is not None:
+        sampling.memory.close()
         sampling.engine.shutdown()
     groups.destroy()
     dist.destroy_process_group()
@@ -145,7 +146,7 @@ def _load(job: Job, model: Model, folder: RunFolder, resumed: Resumed | None) ->
 def _megatron_fields(job: Job) -> dict[str, Any]:
     config, actor = job.config, job.config.actor
     fields: dict[str, Any] = recompute_fields(actor.recompute, actor.recompute_modules)
-    fields |= megatron_fields(config, job.actor)
+    fields |= moe_fields(config, job.actor)
     if actor.sequence_parallel != "auto":
         fields["sequence_parallel"] = actor.sequence_parallel
     if config.deterministic:
@@ -186,7 +187,7 @@ def _start_engine(job: Job, folder: RunFolder, trainer: Trainer) -> Sampling:
         transport=config.push_transport,
         num_verified=config.verify_pushes if config.verify == "checksum" else 0,
     )
-    memory = Memory(trainer.shelves(), engine if config.sleep else None, job.config.actor.offload)
+    memory = Memory(trainer.host_copies(), engine if config.sleep else None, job.config.actor.offload)
     return Sampling(engine=engine, push=push, memory=memory)
 
 

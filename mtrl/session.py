@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtrl.acceleration import in_use
 from mtrl.batch import Sample
 from mtrl.checkpoint.folder import step_path
 from mtrl.checkpoint.format import PhaseName, RunState
@@ -23,6 +22,7 @@ from mtrl.data.order import DataCursor
 from mtrl.exchange import sum_over_ranks
 from mtrl.memory import Memory, Stage
 from mtrl.metrics import EvaluationMetrics, MetricsWriter, Stopwatch, peak_memory
+from mtrl.model_settings import backend_of
 from mtrl.models.builder import Model
 from mtrl.parallel.device import current_device
 from mtrl.plots import plot_rewards
@@ -52,10 +52,15 @@ class Sampling:
     policy_version: int = 0
     check: Callable[[], None] | None = None
     num_checked: int = 0
+    _repeated_bytes: int = 0
 
     def take_over_weights(self) -> int:
-        """Push the trainer's weights under the next version; bytes this rank received. Collective."""
-        received = self._push(self.policy_version + 1)
+        """Push the trainer's weights under the next version. Collective.
+
+        Returns the bytes this rank received, with those of weights that were pushed again before.
+        """
+        received = self._push(self.policy_version + 1) + self._repeated_bytes
+        self._repeated_bytes = 0
         self.policy_version += 1
         if self.check is not None and self.num_checked > 0:
             self.num_checked -= 1
@@ -68,7 +73,7 @@ class Sampling:
         checkpoint, is given the same weights again. Collective.
         """
         if stage == "sampling" and self.memory.is_engine_empty:
-            self._push(self.policy_version)
+            self._repeated_bytes += self._push(self.policy_version)
         self.memory.to(stage)
 
     def _push(self, policy_version: int) -> int:
@@ -194,6 +199,8 @@ class Session:
             f"{state.num_optimizer_tensors} tensors, step {state.optimizer_steps}; record {state.index} "
             f"of epoch {state.epoch}; random generators: {'restored' if same_layout else 'seeded anew'}"
         )
+        if self.job.config.model.precision == "fp8_delayed":
+            self.progress.message("the scales of fp8_delayed are in no checkpoint; their history begins anew")
 
     def reference_weights(self) -> list[Tensor]:
         """The weights at the first rollout, for the KL penalty."""
@@ -262,6 +269,22 @@ class Session:
             versions={name: version(name) for name in ("torch", "megatron-core", "transformers")},
         )
 
+    def _uses(self) -> dict[str, Json]:
+        """What the run computes with."""
+        config, whole = self.job.config, self.trainer.optimizer
+        parts = getattr(whole, "chained_optimizers", [whole])
+        adams = {type(each.optimizer) for each in parts if not getattr(each, "is_stub_optimizer", False)}
+        device = current_device()
+        is_gpu = device.kind == "cuda"
+        used: dict[str, Json] = {
+            "layers": backend_of(config),
+            "precision": config.model.precision,
+            "dispatcher": config.actor.moe.dispatcher,
+            "optimizer": ", ".join(sorted(f"{adam.__module__}.{adam.__name__}" for adam in adams)),
+            "device": torch.cuda.get_device_name(device.torch_device) if is_gpu else "cpu",
+        }
+        return {**used, "sampler": config.rollout.dtype} if self.sampling is not None else used
+
     def is_due(self, every_steps: int, step: int, total_steps: int) -> bool:
         """Whether something done every so many steps of a phase falls on ``step``; never on the last."""
         return every_steps > 0 and step % every_steps == 0 and step < total_steps
@@ -278,7 +301,7 @@ class Session:
             "push_extra_bytes": int(
                 sum_over_ranks(float(self.sampling.push.extra_bytes if self.sampling else 0))
             ),
-            "uses": dict(in_use(self.job.config, self.trainer.optimizer)),
+            "uses": self._uses(),
             "engine_start_s": self.engine_start_s,
             "memory_moves": self.sampling.memory.report() if self.sampling else [],
             "seconds_total": time.time() - self.started_at,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.config_engines import Decay, OptimizerSection, RouterSection
-from mtrl.memory import Part, Shelf
+from mtrl.memory import HostCopy, Part
 from mtrl.models.builder import Model
 from mtrl.models.router import RouterLosses, RouterReport, Routers
 from mtrl.parallel.device import current_device
@@ -209,7 +209,7 @@ class Trainer:
         return joined
 
     def held(self, part: Part) -> list[Tensor]:
-        """What this rank keeps on its device of a part that can be put away."""
+        """What this rank keeps on its device of a part that can be offloaded."""
         weights = list(self.model.tensors().values())
         if part == "weights":
             return weights
@@ -227,12 +227,12 @@ class Trainer:
         kind = current_device().torch_device.type  # counts of steps are on the host
         return [t for t in found if t.device.type == kind and t.untyped_storage()._cdata not in own]
 
-    def shelves(self) -> dict[Part, Shelf]:
-        """The parts that can be put away while the engine samples."""
+    def host_copies(self) -> dict[Part, HostCopy]:
+        """The parts that can be offloaded while the engine samples."""
         return {
-            "weights": Shelf(partial(self.held, "weights")),
-            "gradients": Shelf(partial(self.held, "gradients"), keeps=False),
-            "optimizer": Shelf(partial(self.held, "optimizer")),
+            "weights": HostCopy(partial(self.held, "weights")),
+            "gradients": HostCopy(partial(self.held, "gradients"), keeps=False),
+            "optimizer": HostCopy(partial(self.held, "optimizer")),
         }
 
     @contextmanager

@@ -331,7 +331,7 @@ PACKAGES: tuple[Package, ...] = (
         hardware=None,
         direct=True,
         imported=False,
-        install="pip install 'mtrl[cuda]', or make env",
+        install="pip install '.[cuda]', or make env",
     ),
     Package(
         name="nvshmem",

@@ -60,6 +60,7 @@ READING_ORDER = (
     "mtrl/config.py",
     "mtrl/config_load.py",
     "mtrl/config_check.py",
+    "mtrl/model_settings.py",
     "mtrl/packing.py",
     "mtrl/exchange.py",
     "mtrl/advantages.py",

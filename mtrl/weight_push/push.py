@@ -101,7 +101,7 @@ class WeightPush:
         self._checksums, self._num_verified = Checksums(self.plan, views, dtype), num_verified
         own: Mapping[str, Tensor] = {f"{name} (chunk {n})": p for (n, name), p in model.parameters().items()}
         live = [*((own, name) for name in own), *engine.live_parameters()]
-        # Storages, not addresses: what is put away and brought back (memory.py) may lie elsewhere.
+        # Storages, not addresses: what is offloaded and onloaded (memory.py) may lie elsewhere.
         self._storage = [(owner, name, owner[name].untyped_storage()) for owner, name in live]
         self._spot = 0
 

@@ -22,6 +22,7 @@ import faulthandler
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -207,6 +208,8 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        for child in multiprocessing.active_children():
+            child.terminate()  # as Megatron's torch_dist leaves one that would outlive us
         # Not sys.exit: destructors of process groups may wait for ranks that have already gone.
         os._exit(status)
 

@@ -150,10 +150,11 @@ def test_a_trainer_that_makes_room_while_the_engine_samples_trains_the_same(
     assert numbers(folder) == numbers(bf16)
     moves = json.loads((folder / "summary.json").read_text())["memory_moves"]
     assert [each["what"] for each in moves if each["stage"] == "push"] == [
-        "gradients put away", "optimizer put away"
+        "gradients offloaded", "optimizer offloaded"
     ]  # fmt: skip
-    assert [each["what"] for each in moves if each["stage"] == "sampling"] == ["weights put away"]
+    assert [each["what"] for each in moves if each["stage"] == "sampling"] == ["weights offloaded"]
     assert len([each for each in moves if each["stage"] == "training"]) == 3
+    assert all(each["moved"] > 0 for each in moves)
 
 
 def test_sft_alone_learns_and_starts_no_engine(world: World, toy: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtrl.memory import Shelf
+from mtrl.memory import HostCopy
 from mtrl.parallel.device import current_device
 from mtrl.tools.bench import gpu_model, gpu_sizes
 from mtrl.tools.group_check import COLLECTIVES, measure
@@ -24,11 +24,11 @@ def shelf() -> dict[str, Any]:
     whole = torch.randn(2**26, device=device)
     view, expected = whole[1000:2000].view(10, 100).T, whole.clone()
     found: dict[str, Any] = {"nbytes": whole.nbytes, "before": torch.cuda.memory_allocated()}
-    one = Shelf(lambda: [whole, view])
+    one = HostCopy(lambda: [whole, view])
     for turn in range(2):
-        one.put_away()
+        one.offload()
         found[f"away {turn}"] = torch.cuda.memory_allocated()
-        one.bring_back()
+        one.onload()
         found[f"back {turn}"] = torch.cuda.memory_allocated()
     found["equal"] = torch.equal(whole, expected)
     whole[1000] = 7.0
@@ -36,7 +36,7 @@ def shelf() -> dict[str, Any]:
     return found
 
 
-def trainer_shelves() -> dict[str, Any]:
+def trainer_host_copies() -> dict[str, Any]:
     """Bytes in use around a trainer's parts put away; are weights and moments the same afterwards?"""
     groups = gpu_model.alone()
     way = gpu_sizes.Way(side="torch_native", precision="bf16")
@@ -45,18 +45,18 @@ def trainer_shelves() -> dict[str, Any]:
     trainer = opened.trainer
     assert trainer is not None
     kept = {part: [each.clone() for each in trainer.held(part)] for part in ("weights", "optimizer")}
-    shelves = trainer.shelves()
+    copies = trainer.host_copies()
     storages = {
         each.untyped_storage()._cdata: each.untyped_storage().nbytes()
-        for part in shelves
+        for part in copies
         for each in trainer.held(part)
     }
     before = torch.cuda.memory_allocated()
-    for each in shelves.values():
-        each.put_away()
+    for each in copies.values():
+        each.offload()
     away = torch.cuda.memory_allocated()
-    for each in reversed(shelves.values()):
-        each.bring_back()
+    for each in reversed(copies.values()):
+        each.onload()
     equal = all(
         torch.equal(now, then)
         for part, tensors in kept.items()
@@ -83,7 +83,7 @@ def groups_of_one() -> dict[str, Any]:
 
 WHATS: dict[str, Callable[[], dict[str, Any]]] = {
     "shelf": shelf,
-    "trainer_shelves": trainer_shelves,
+    "trainer_host_copies": trainer_host_copies,
     "groups_of_one": groups_of_one,
 }
 

@@ -79,7 +79,7 @@ def test_a_shelf_frees_the_memory_of_a_cuda_tensor_and_gives_it_back_the_same() 
 
 
 def test_a_trainer_put_away_frees_all_that_it_holds_and_trains_on() -> None:
-    found = on_device("trainer_shelves")
+    found = on_device("trainer_host_copies")
     # What is held once in several tensors counts once; allocations are in multiples of 512 bytes.
     assert found["before"] - found["away"] >= found["held"] > 0
     assert found["back"] >= found["before"] and found["equal"]

@@ -1,15 +1,17 @@
 """What is asked of accelerators and cannot work is refused before anything starts: the key, and the fix."""
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mtrl.acceleration import check_acceleration, fp8_of, megatron_fields, this_machine, weights_precision
+from mtrl.acceleration import check_acceleration, this_machine
 from mtrl.config import Config
 from mtrl.config_check import actor_spec
 from mtrl.config_load import load_config
+from mtrl.model_settings import fp8_of, moe_fields, weights_precision
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import family_of
 from mtrl.models.precision import Fp8
@@ -72,6 +74,14 @@ RULES: dict[str, tuple[list[str], str]] = {
     "bf16 layers under delayed scales": (
         [TE, "model.precision=fp8_delayed", "model.fp8.bf16_first_layers=1"],
         "Megatron-Core keeps no layer in bf16 under fp8_delayed",
+    ),
+    "more bf16 layers than a stage has": (
+        [TE, "model.precision=fp8_blockwise", "model.fp8.bf16_first_layers=3", "actor.backend=megatron:p2"],
+        "Megatron-Core takes at most the 2 of one of 2 pipeline stages",
+    ),
+    "experts over six ranks": (
+        [DEEPEP, "actor.backend=megatron:(attn:d6|ffn:e6)"],
+        "over 6 ranks, which DeepEP 1.2.1 has no settings for; the nearest that it has is 4",
     ),
     "odd SMs": ([DEEPEP, "actor.moe.num_sms=7"], "actor.moe.num_sms: given 7, which is odd"),
     "SMs of alltoall": (["actor.moe.num_sms=8"], "has no effect on dispatcher alltoall"),
@@ -222,8 +232,17 @@ def test_fp8_is_bf16_with_other_products(tmp_path: Path) -> None:
     given = config(tmp_path, "model.precision=fp8_blockwise", "model.fp8.bf16_last_layers=1")
     assert weights_precision(given) == "bf16"
     assert fp8_of(given) == Fp8(recipe="fp8_blockwise", bf16_last_layers=1)
+    delayed = fp8_of(config(tmp_path, TE, "model.precision=fp8_delayed"))
+    assert delayed is not None and delayed.gradients == "e5m2"
     assert fp8_of(config(tmp_path)) is None and weights_precision(config(tmp_path)) == "bf16"
     assert weights_precision(config(tmp_path, "model.precision=fp32")) == "fp32"
+
+
+IS_0_16 = version("megatron-core").startswith("0.16.")
+NUM_SMS = {
+    name: f"moe_{name}_num_sms" if IS_0_16 else "moe_flex_dispatcher_num_sms"
+    for name in ("deepep", "hybridep")
+}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +255,7 @@ def test_fp8_is_bf16_with_other_products(tmp_path: Path) -> None:
             {
                 "moe_token_dispatcher_type": "flex",
                 "moe_flex_dispatcher_backend": "deepep",
-                "moe_deepep_num_sms": 20,
+                NUM_SMS["deepep"]: 20,
             },
         ),
         (
@@ -244,7 +263,7 @@ def test_fp8_is_bf16_with_other_products(tmp_path: Path) -> None:
             {
                 "moe_token_dispatcher_type": "flex",
                 "moe_flex_dispatcher_backend": "deepep",
-                "moe_deepep_num_sms": 24,
+                NUM_SMS["deepep"]: 24,
             },
         ),
         (
@@ -252,7 +271,7 @@ def test_fp8_is_bf16_with_other_products(tmp_path: Path) -> None:
             {
                 "moe_token_dispatcher_type": "flex",
                 "moe_flex_dispatcher_backend": "hybridep",
-                "moe_hybridep_num_sms": 16,
+                NUM_SMS["hybridep"]: 16,
             },
         ),
         ([SHARED], {"moe_shared_expert_overlap": True}),
@@ -263,7 +282,7 @@ def test_options_are_these_fields_of_megatrons(
     tmp_path: Path, overrides: list[str], fields: dict[str, Any]
 ) -> None:
     given = config(tmp_path, *overrides)
-    assert megatron_fields(given, actor_spec(given)) == fields
+    assert moe_fields(given, actor_spec(given)) == fields
 
 
 GRPO = ["algorithm.name=grpo", "rollout.backend=vllm:d2"]
@@ -278,13 +297,3 @@ def test_an_engine_that_sleeps_is_refused_where_vllm_has_none(tmp_path: Path, mo
     with pytest.raises(ConfigError) as caught:
         check_acceleration(given, actor_spec(given), model)
     assert f"rollout.sleep: true, which cannot be had here: {obstacle}" in str(caught.value)
-
-
-def test_an_engine_that_sleeps_is_refused_beside_expandable_segments(
-    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = config(tmp_path, *GRPO, "rollout.sleep=true", "actor.offload=all")
-    check_acceleration(given, actor_spec(given), model, able)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments: True")
-    with pytest.raises(ConfigError, match="gives no memory back; unset expandable_segments"):
-        check_acceleration(given, actor_spec(given), model, able)

@@ -24,10 +24,13 @@ def test_nothing_is_taken_from_a_branch() -> None:
     assert re.search(r"^FROM \S+:\d+\.\d+\.\d+-\S+$", TEXT, re.M)
 
 
-def test_what_comes_from_source_is_built() -> None:
+def test_what_comes_from_source_has_a_line() -> None:
+    """Built by default: what mtrl or vLLM's wheel does not bring and a config can ask for."""
     from_source = [package.name for package in PACKAGES if package.install.startswith("from source")]
     names = {"deep_ep": "DeepEP", "deep_gemm": "DeepGEMM", "flash_mla": "FlashMLA", "apex": "apex"}
     assert from_source and all(f"/{names[name]}.git@" in TEXT for name in from_source)
+    by_default = TEXT.split("if [")[0]
+    assert "/apex.git@" in by_default and "/DeepEP.git@" in by_default and ARGUMENTS["EXTRA_KERNELS"] == "0"
 
 
 def test_what_is_copied_is_here() -> None:

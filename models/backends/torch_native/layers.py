@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mtrl.models.backends.latent_attention import NamedLatentAttention
 from mtrl.models.backends.torch_native.attention import CoreAttention
 from mtrl.models.backends.torch_native.experts import GroupedExperts
 from mtrl.models.backends.torch_native.fp8 import block_linear
@@ -28,10 +29,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.multi_latent_attention import (
-    MLASelfAttention,
-    MLASelfAttentionSubmodules,
-)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -79,7 +77,7 @@ class TorchNativeProvider(LocalSpecProvider):  # type: ignore[misc]
         return _as_module(GroupedExperts, **arguments), None
 
 
-class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+class LatentAttention(NamedLatentAttention):
     """Megatron's latent attention, with exactly the modules that its spec names, and whole down projections.
 
     Megatron's local spec shards the rows of the down projections over ``attn.tp``, and then the gradient of
@@ -95,12 +93,6 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, kv_size, fp8)
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = WholeLinear(config, config.hidden_size, config.q_lora_rank, fp8)
-
-    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
-        # Asked by Megatron 0.19, which otherwise insists on a norm fused into the query projection of models
-        # without a query rank (DeepSeek-V2-Lite, Moonlight). Those have none.
-        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {name: getattr(submodules, name) for name in names}
 
 
 def layer_spec(

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from mtrl.models.backends.latent_attention import NamedLatentAttention
 from mtrl.models.backends.torch_native.norms import AllHeadsRMSNorm
 from mtrl.models.backends.transformer_engine.attention import CoreAttention
 from mtrl.models.config import LATENT_NORM_EPS, ModelConfig
@@ -13,10 +14,6 @@ from mtrl.parallel.megatron_ready import MEGATRON_0_19
 
 from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.transformer.multi_latent_attention import (
-    MLASelfAttention,
-    MLASelfAttentionSubmodules,
-)
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 NORM = TENorm
@@ -32,7 +29,7 @@ class LatentNormLinear(TELayerNormColumnParallelLinear):  # type: ignore[misc]
         self.eps = LATENT_NORM_EPS
 
 
-class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+class LatentAttention(NamedLatentAttention):
     """Megatron's latent attention, with exactly the modules that its spec names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,12 +39,6 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
                 # Every tensor parallel rank holds it whole. Megatron 0.16 leaves Transformer Engine's mark of
                 # a shard (TELinear, "duplicated"), so the gradient norm would count it once a rank.
                 parameter.tensor_model_parallel = False
-
-    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
-        # Asked by Megatron 0.19, which otherwise insists on a norm fused into the query projection of models
-        # without a query rank (DeepSeek-V2-Lite, Moonlight). Those have none.
-        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
-        return {name: getattr(submodules, name) for name in names}
 
 
 def transformer_fields(config: ModelConfig, fp8: Fp8 | None) -> dict[str, Any]:
