@@ -6,6 +6,7 @@ weight. vLLM reads the same of checkpoints that are published in it. Pure.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ _ROLES: frozenset[Role] = frozenset((
 ))  # fmt: skip
 """The linears of layers. Embeddings, output layer and routers stay as they are, as in DeepSeek's folders."""
 
+_WITHOUT = "rollout.dtype=bf16"
+
 
 def fp8_names(config: ModelConfig) -> tuple[str, ...]:
     """The weights that are kept in FP8, in the table's order.
@@ -36,7 +39,10 @@ def fp8_names(config: ModelConfig) -> tuple[str, ...]:
     """
     table = family_named(config.family).weights(config)
     if any(weight.role == "expert.gate_up" for weight in table):
-        raise ModelError(f"{config.family}: its experts' fused weights cannot be sampled with in FP8")
+        raise ModelError(
+            f"rollout.dtype: fp8: the experts of {config.family} are fused in its checkpoints, and how vLLM "
+            f"would take their scales is not known; write {_WITHOUT}"
+        )
     return tuple(name for weight in table if weight.role in _ROLES for name in _names(weight, config))
 
 
@@ -74,18 +80,71 @@ def quantization_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_sliced(config: ModelConfig, spec: RolloutSpec, *, expert_parallel: bool) -> None:
-    """LayoutError where ``spec`` slices experts within blocks: vLLM then keeps finer blocks than are pushed.
+    """Check that no block reaches over two parts of a merged linear or two ranks' slices of any, and that
+    every linear's input is whole blocks.
 
-    Of linears vLLM itself refuses it.
+    vLLM 0.32 lets merged linears pass unchecked (``linear.py``, `_maybe_allow_fp8_block_shape_mismatch`):
+    a part's scales then begin at the next whole block of the parameter and its weights before that, so that
+    they are multiplied by a neighbour's scales. For experts it refines the blocks (``oracle/fp8.py``), which
+    is not what is pushed. Linears that are not merged it refuses, inputs its kernel, once an engine starts.
+
+    Raises:
+        LayoutError: with the size, and what to write instead.
     """
-    if config.moe is None or expert_parallel or spec.tp == 1:
+    found = _cut_size(config, spec.tp, expert_parallel=expert_parallel)
+    if found is None:
         return
-    share = config.moe.expert_hidden_size // spec.tp
-    if share % SQUARE.columns:
-        raise LayoutError(
-            f"{spec}: FP8 blocks are {SQUARE.columns} wide, and t{spec.tp} leaves each rank {share} of the "
-            f"{config.moe.expert_hidden_size} of an expert; use rollout.expert_parallel=true, or a smaller t"
-        )
+    what, whole, ways = found
+    share = f"{whole // ways} of the {whole}" if ways > 1 else f"all {whole}"
+    instead = _uncut(config, spec, expert_parallel=expert_parallel)
+    raise LayoutError(
+        f"rollout.dtype: fp8: a scale is of {SQUARE.rows} x {SQUARE.columns} weights, and {spec} gives each "
+        f"rank {share} {what}, no multiple of {SQUARE.rows}; write {instead}{_WITHOUT}"
+    )
+
+
+def _cut_size(config: ModelConfig, tp: int, *, expert_parallel: bool) -> tuple[str, int, int] | None:
+    """The first size whose share is not whole blocks: what it counts, the size, among how many it is
+    divided.
+    """
+    sizes = _divided_sizes(config, tp, expert_parallel=expert_parallel)
+    return next((each for each in sizes if each[1] % (each[2] * SQUARE.rows)), None)
+
+
+def _divided_sizes(config: ModelConfig, tp: int, *, expert_parallel: bool) -> Iterator[tuple[str, int, int]]:
+    """Rows of the parts of linears, and inputs; gate and up, key and value are alike, and inputs of the last
+    linear of attention or MLP are the first one's rows.
+    """
+    heads, moe, mla = config.num_attention_heads, config.moe, config.mla
+    yield "dims of the hidden state", config.hidden_size, 1
+    if mla is None:
+        yield "dims of queries", heads * config.head_dim, tp
+        # Where ranks outnumber KV heads, each has one.
+        yield "dims of keys", config.num_kv_heads * config.head_dim, min(tp, config.num_kv_heads)
+    else:
+        # Merged with keys' and values' down-projection, whose rows come last and may end within a block.
+        yield "dims of the query rank", mla.query_rank or 0, 1
+        yield "dims of the key and value rank", mla.kv_rank, 1
+        yield "dims of values", heads * mla.value_dim, tp
+        if tp > 1:
+            yield "dims of queries", heads * (mla.nope_dim + mla.rope_dim), tp
+            yield "dims of keys and values", heads * (mla.nope_dim + mla.value_dim), tp
+    if config.dense_layers:
+        yield "dims inside an MLP", config.intermediate_size, tp
+    if moe is not None:
+        yield "dims inside the shared expert", moe.shared_hidden_size, tp
+        yield "dims inside an expert", moe.expert_hidden_size, 1 if expert_parallel else tp
+
+
+def _uncut(config: ModelConfig, spec: RolloutSpec, *, expert_parallel: bool) -> str:
+    """What of `rollout` keeps blocks whole on as many ranks, as text before another choice, or ""."""
+    can_spread = config.moe is not None and spec.tp > 1 and not expert_parallel
+    if can_spread and _cut_size(config, spec.tp, expert_parallel=True) is None:
+        return "rollout.expert_parallel=true, or "
+    for tp in reversed(range(1, spec.tp)):
+        if spec.tp % tp == 0 and _cut_size(config, tp, expert_parallel=expert_parallel) is None:
+            return f"rollout.backend={replace(spec, dp=spec.dp * spec.tp // tp, tp=tp)}, or "
+    return ""
 
 
 def block_box(box: Box) -> Box:

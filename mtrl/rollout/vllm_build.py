@@ -49,7 +49,7 @@ def check_fp8(model_dir: Path, spec: RolloutSpec, *, expert_parallel: bool) -> N
 
     Raises:
         RolloutError: not on a GPU.
-        LayoutError: experts would be sliced within blocks.
+        LayoutError: parts of linears would not be whole blocks.
     """
     if current_device().kind != "cuda":
         raise RolloutError("FP8 rollout weights need a GPU: vLLM's CPU build has no such kernels without AMX")
