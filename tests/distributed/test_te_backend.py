@@ -16,7 +16,7 @@ from tests.distributed.parity import Errors, Pair, measure, write_reference
 from tests.distributed.test_logits import LENGTHS, TOLERANCE, differences
 from tests.distributed.test_recompute import TOYS as RECOMPUTED
 from tests.distributed.test_recompute import train, ways_of
-from tests.distributed.toy_runs import each_case, load_toy, samples
+from tests.distributed.toy_runs import batch, each_case, load_toy, microbatches, samples
 from tests.distributed.world import World
 from tests.family_toys import FAMILY_TOYS, build_family_toy, save
 
@@ -209,6 +209,9 @@ def test_megatron_0_16_alone_marks_whole_weights_as_shards(te_world: World) -> N
     assert te_world.run(whole_linear, size=1)[0] == {"is_shard": not MEGATRON_0_19}
 
 
+FP8_SPEC = "megatron:t2"
+
+
 def fp8_fields(folder: str) -> dict[str, Any]:
     """Megatron's config of a model whose linears are asked to run in FP8."""
     from mtrl.models.builder import build_model
@@ -217,8 +220,8 @@ def fp8_fields(folder: str) -> dict[str, Any]:
 
     config = load_model_config(Path(folder) / "qwen3")
     found = {}
-    for groups, *_ in each_case([["megatron:d1", 1, "qwen3", "qwen3"]]):
-        for recipe, first in (("fp8_blockwise", 1), ("fp8_delayed", 0)):
+    for groups, *_ in each_case([[FP8_SPEC, 1, "qwen3", "qwen3"]]):
+        for recipe, first in (("fp8_blockwise", 1), ("fp8_delayed", 0), ("mxfp8", 0)):
             fp8 = Fp8(recipe=recipe, gradients="e5m2", bf16_first_layers=first)
             model = build_model(config, groups, precision="bf16", fp8=fp8, backend="transformer_engine")
             own: Any = model.transformer_config
@@ -226,14 +229,23 @@ def fp8_fields(folder: str) -> dict[str, Any]:
                 own.fp8, own.fp8_recipe, own.first_last_layers_bf16, own.num_layers_at_start_in_bf16,
                 own.num_layers_at_end_in_bf16, own.params_dtype == torch.bfloat16,
             ]  # fmt: skip
+            rows = [microbatches(model, batch(number)) for number in range(3)]
+            shares = {each.packed.tokens_T.numel() // groups.attn.tp.size() for row in rows for each in row}
+            found[f"{recipe} shares"] = sorted(shares)
     return found
 
 
-def test_fp8_is_asked_of_megatron_by_its_own_names(te_world: World, toys: Path) -> None:
-    found = te_world.run(fp8_fields, {"folder": str(toys)}, size=1)[0]
+def test_fp8_is_asked_by_megatrons_names_over_rows_that_it_takes(
+    te_world: World, toys: Path
+) -> None:
+    found = te_world.run(fp8_fields, {"folder": str(toys)}, size=2)[0]
+    multiples = {"fp8_blockwise": 16, "fp8_delayed": 16, "mxfp8": 32}
+    for recipe, multiple in multiples.items():
+        assert all(share % multiple == 0 for share in found.pop(f"{recipe} shares"))
     assert found == {
         "fp8_blockwise": ["hybrid", "blockwise", True, 1, 0, True],
         "fp8_delayed": ["hybrid", "delayed", False, 0, 0, True],
+        "mxfp8": ["hybrid", "mxfp8", False, 0, 0, True],
     }
 
 
