@@ -17,7 +17,7 @@ from mtrl.weight_push.score import Score, compare, score
 
 NUM_SHOWN = 8
 ITEMSIZE = 2
-"""Bytes of a weight on the wire: bfloat16. What a family keeps in float32 counts 4."""
+"""Bytes of a weight on the wire: bfloat16. What a family keeps in float32 counts 4; FP8 is not known here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

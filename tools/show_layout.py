@@ -5,8 +5,9 @@
     python tools/show_layout.py "megatron:(attn:d8|ffn:e8)" vllm:d2t4 --model /models/Qwen3-30B-A3B
 
 With a trainer's and a rollout's string it also says what a push of new weights moves, and which rollout
-layouts would need the fewest bytes; of the model's folder only ``config.json`` is read. Needs no GPU, no
-torch and no installation. Ends with 1 where a spec does not fit the model.
+layouts would need the fewest bytes, all in bfloat16: FP8 engines (rollout.dtype: fp8) are not counted. Of the
+model's folder only ``config.json`` is read. Needs no GPU, no torch and no installation. Ends with 1 where a
+spec does not fit the model.
 """
 
 import argparse
@@ -50,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Show which ranks form which group, and on which nodes.")
     parser.add_argument("spec", help='allocation string, such as "megatron:(attn:d2t2|ffn:e4)" or vllm:d2t2')
-    parser.add_argument("rollout", nargs="?", help="the engines' string: says what a push to them moves")
+    parser.add_argument(
+        "rollout",
+        nargs="?",
+        help="the engines' string: says what a push to them moves, in bfloat16 (not of rollout.dtype: fp8)",
+    )
     parser.add_argument("--expert-parallel", action="store_true", help="as rollout.expert_parallel: true")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; shows each rank's share of it")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")

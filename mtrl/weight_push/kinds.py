@@ -4,7 +4,8 @@ Pure.
 A *kind* is the tensors of one row of the table: all layers' query projections, all experts' gates. They are
 split along one dim at most, and in the same way in every layer, so a kind is a few ranges, whatever the
 model's size. The trainer's follow from the layout as in ``weight_map.py``. The engine's are vLLM's own rules,
-which tests hold against what its loaders do (``loader_record.py``), for every family.
+which tests hold against what its loaders do (``loader_record.py``), for every family. Scales
+and one-byte elements of FP8 engines (``fp8_weights.py``) are not known here.
 """
 
 import itertools
@@ -103,7 +104,8 @@ class Kind:
 def kinds_of(
     config: ModelConfig, layout: RankLayout, engines: Engines, stages: Stages, itemsize: int
 ) -> tuple[Kind, ...]:
-    """Of every row of the family's published table; ``itemsize`` is what a weight has on the wire, bytes.
+    """Of every row of the family's published table; ``itemsize`` is what a weight has on the wire, bytes, the
+    same for all that the family does not keep in float32 (so not FP8's).
 
     Raises:
         LayoutError: the model does not fit one side's layout.
@@ -124,7 +126,7 @@ def kinds_of(
 
 
 def check_engines(config: ModelConfig, engines: Engines) -> None:
-    """Check what vLLM would refuse, or what is not known of it.
+    """Check what vLLM would refuse, or what is not known of it; not whether FP8's blocks stay whole.
 
     Raises:
         LayoutError: with the numbers.

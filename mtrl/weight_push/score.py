@@ -2,7 +2,8 @@
 
 A rank must receive need(r) minus have(r); a node, need(n) minus have(n) of the unions over its ranks. `score`
 computes both from the ranges of ``kinds.py``, a few numbers a kind and rank, so that many rollout layouts can
-be compared; the plan of ``nodes.py`` meets both, and tests hold the two against each other.
+be compared; the plan of ``nodes.py`` meets both, and tests hold the two against each other. Bytes are
+those of ``itemsize``: a push to FP8 engines, of one byte for most elements, and scales, is not scored.
 """
 
 import itertools

@@ -87,8 +87,28 @@ def record_fp8(folder: str) -> dict[str, Any]:
                 for fault in _faults(model, destinations, names, shapes)
             ]
             found[f"{toy} {tp} {expert_parallel}"] = sorted(set(faults))
+    found["rows of up"] = _rows_of_up(Path(folder) / "cut")
     found["other kernels"] = _refusals_of_kernels(Path(folder) / "qwen3 moe")
     return found
+
+
+def _rows_of_up(path: Path) -> list[int]:
+    """Of an MLP of 480, where in the merged linear the weights of `up` begin, and its scales."""
+    config = write_config(path, "llama", intermediate_size=480)
+    names = fp8_weights.fp8_names(config)
+    shapes = fp8_weights.with_scales(shard_records.shapes_of(config), names)
+    engines = Engines(spec=RolloutSpec(backend="vllm"))
+    ((model, destinations),) = shard_records.shard_models(path, engines, [0], "fp8")
+    record = record_loader(
+        model.load_weights, shapes, destinations, torch.bfloat16, fp8_weights.fp8_dtypes(names)
+    )
+    up = "model.layers.0.mlp.up_proj.weight"
+    rows = {
+        copy.source: box[0][0]
+        for copy in record.copies
+        if (box := copy.destination_region.box(tuple(destinations[copy.destination].shape))) is not None
+    }
+    return [rows[up], rows[up + SCALE_SUFFIX]]
 
 
 def _refusals_of_kernels(path: Path) -> list[str]:

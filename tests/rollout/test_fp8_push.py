@@ -38,6 +38,11 @@ def test_vllm_s_loaders_take_every_weight_with_its_scales(
     assert recorded.get(name, []) == []
 
 
+def test_vllm_puts_scales_beside_weights_whose_parts_are_no_whole_blocks(recorded: dict[str, Any]) -> None:
+    # Why `check_sliced` refuses it: 32 rows of each of its blocks get the scale of the block before.
+    assert recorded["rows of up"] == [480, 4]
+
+
 def test_other_kernels_than_those_that_keep_the_layout_are_refused(recorded: dict[str, Any]) -> None:
     linear, experts = recorded["other kernels"]
     assert "computes model.layers.1.self_attn.o_proj in FP8 with NoneType" in linear
