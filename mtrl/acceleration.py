@@ -210,7 +210,7 @@ def _has_fp8_rollout(config: Config) -> bool:
 
 
 def _check_fp8_rollout(config: Config, model: ModelConfig) -> None:
-    """ModelError for a family whose experts are fused, LayoutError where experts are sliced within blocks."""
+    """ModelError for a family whose experts are fused, LayoutError where blocks are cut."""
     if _has_fp8_rollout(config):
         fp8_names(model)
         check_sliced(model, rollout_spec(config), expert_parallel=config.rollout.expert_parallel)
