@@ -77,14 +77,12 @@ def record_fp8(folder: str) -> dict[str, Any]:
     for toy in TOYS:
         path = Path(folder) / toy
         config = write_config(path, toy)
-        names = fp8_weights.fp8_names(config)
-        shapes = fp8_weights.with_scales(shard_records.shapes_of(config), names)
         for tp, expert_parallel in ENGINES if config.moe else ENGINES[:2]:
             engines = Engines(spec=RolloutSpec(backend="vllm", tp=tp), expert_parallel=expert_parallel)
             faults = [
                 fault
                 for model, destinations in shard_records.shard_models(path, engines, range(tp), "fp8")
-                for fault in _faults(model, destinations, names, shapes)
+                for fault in _faults(model, destinations, config)
             ]
             found[f"{toy} {tp} {expert_parallel}"] = sorted(set(faults))
     found["rows of up"] = _rows_of_up(Path(folder) / "cut")
@@ -95,19 +93,12 @@ def record_fp8(folder: str) -> dict[str, Any]:
 def _rows_of_up(path: Path) -> list[int]:
     """Of an MLP of 480, where in the merged linear the weights of `up` begin, and its scales."""
     config = write_config(path, "llama", intermediate_size=480)
-    names = fp8_weights.fp8_names(config)
-    shapes = fp8_weights.with_scales(shard_records.shapes_of(config), names)
     engines = Engines(spec=RolloutSpec(backend="vllm"))
     ((model, destinations),) = shard_records.shard_models(path, engines, [0], "fp8")
-    record = record_loader(
-        model.load_weights, shapes, destinations, torch.bfloat16, fp8_weights.fp8_dtypes(names)
-    )
+    record = _recorded(model, destinations, config)
     up = "model.layers.0.mlp.up_proj.weight"
-    rows = {
-        copy.source: box[0][0]
-        for copy in record.copies
-        if (box := copy.destination_region.box(tuple(destinations[copy.destination].shape))) is not None
-    }
+    width = {copy.source: destinations[copy.destination].shape[-1] for copy in record.copies}
+    rows = {copy.source: copy.destination_region.offset // width[copy.source] for copy in record.copies}
     return [rows[up], rows[up + SCALE_SUFFIX]]
 
 
@@ -135,12 +126,16 @@ def _refusals_of_kernels(path: Path) -> list[str]:
     return said
 
 
-def _faults(
-    model: Any, destinations: Mapping[str, Tensor], names: tuple[str, ...], shapes: dict[str, tuple[int, ...]]
-) -> Iterator[str]:
-    record = record_loader(
-        model.load_weights, shapes, destinations, torch.bfloat16, fp8_weights.fp8_dtypes(names)
-    )
+def _recorded(model: Any, destinations: Mapping[str, Tensor], config: ModelConfig) -> LoaderRecord:
+    names = fp8_weights.fp8_names(config)
+    shapes = fp8_weights.with_scales(shard_records.shapes_of(config), names)
+    dtypes = fp8_weights.fp8_dtypes(names)
+    return record_loader(model.load_weights, shapes, destinations, torch.bfloat16, dtypes)
+
+
+def _faults(model: Any, destinations: Mapping[str, Tensor], config: ModelConfig) -> Iterator[str]:
+    record, names = _recorded(model, destinations, config), fp8_weights.fp8_names(config)
+    shapes = dict(record.sources)
     parameters = {name for name, _ in model.named_parameters()}
     record.check_complete(destinations, [n for n in parameters if not n.endswith((".W_UV", ".W_UK_T"))])
     expected = fp8_weights.fp8_dtypes(names)
@@ -369,11 +364,7 @@ def bounds(model: Any, engine: ShardEngine, push: Any) -> tuple[int, int]:
             continue
         own = set(held[rank].get(name, ()))
         for other in {box for boxes in held for box in boxes.get(name, ())} - own:
-            shared = {
-                block
-                for box in own
-                for block in _blocks(box) & _blocks(other)
-            }  # fmt: skip
+            shared = {block for box in own for block in _blocks(box) & _blocks(other)}
             told += 4 * len(shared)
     return num_lacking_bytes(model, engine, fp8_weights.fp8_dtypes(names), "bf16"), told
 
