@@ -235,9 +235,7 @@ def fp8_fields(folder: str) -> dict[str, Any]:
     return found
 
 
-def test_fp8_is_asked_by_megatrons_names_over_rows_that_it_takes(
-    te_world: World, toys: Path
-) -> None:
+def test_fp8_is_asked_by_megatrons_names_over_rows_that_it_takes(te_world: World, toys: Path) -> None:
     found = te_world.run(fp8_fields, {"folder": str(toys)}, size=2)[0]
     multiples = {"fp8_blockwise": 16, "fp8_delayed": 16, "mxfp8": 32}
     for recipe, multiple in multiples.items():
