@@ -17,6 +17,7 @@ from tests.distributed.pairs import (
     suite,
 )
 from tests.distributed.parity import Errors, Pair, measure, write_reference
+from tests.distributed.selected import selected
 from tests.distributed.world import World
 from tests.family_toys import FAMILY_TOYS
 
@@ -52,10 +53,8 @@ def measured(
     request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Measured]:
     """Of the pairs whose tests were selected, and of the floors of all toys whose were."""
-    chosen = [getattr(item, "callspec", None) for item in request.session.items]
-    parameters = [each.params for each in chosen if each is not None]
-    pairs = [each["pair"] for each in parameters if "pair" in each]
-    pairs += [FLOORS[each["floor"]] for each in parameters if "floor" in each]
+    pairs = selected(request, "pair")
+    pairs += [FLOORS[name] for name in selected(request, "floor")]
     yield Measured(world, tmp_path_factory.mktemp("parity"), pairs)
 
 

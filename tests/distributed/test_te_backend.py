@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.parity import Errors, Pair, measure, write_reference
+from tests.distributed.selected import selected
 from tests.distributed.test_logits import LENGTHS, TOLERANCE, differences
 from tests.distributed.test_recompute import TOYS as RECOMPUTED
 from tests.distributed.test_recompute import train, ways_of
@@ -271,10 +272,7 @@ class Measured:
 def measured(
     request: pytest.FixtureRequest, te_world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> Measured:
-    chosen = [getattr(item, "callspec", None) for item in request.session.items]
-    own = [each.params["pair"] for each in chosen if each is not None and "pair" in each.params]
-    own = [each for each in own if each.backend == "transformer_engine"]
-    return Measured(te_world, tmp_path_factory.mktemp("parity"), own)
+    return Measured(te_world, tmp_path_factory.mktemp("parity"), selected(request, "pair"))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
