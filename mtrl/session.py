@@ -22,7 +22,7 @@ from mtrl.data.order import DataCursor
 from mtrl.exchange import sum_over_ranks
 from mtrl.memory import Memory, Stage
 from mtrl.metrics import EvaluationMetrics, MetricsWriter, Stopwatch, peak_memory
-from mtrl.model_settings import backend_of
+from mtrl.model_settings import backend_of, weights_precision
 from mtrl.models.builder import Model
 from mtrl.parallel.device import current_device
 from mtrl.plots import plot_rewards
@@ -283,7 +283,10 @@ class Session:
             "optimizer": ", ".join(sorted(f"{adam.__module__}.{adam.__name__}" for adam in adams)),
             "device": torch.cuda.get_device_name(device.torch_device) if is_gpu else "cpu",
         }
-        return {**used, "sampler": config.rollout.dtype} if self.sampling is not None else used
+        if self.sampling is None:
+            return used
+        dtype = config.rollout.dtype
+        return {**used, "sampler": weights_precision(config) if dtype == "auto" else dtype}
 
     def is_due(self, every_steps: int, step: int, total_steps: int) -> bool:
         """Whether something done every so many steps of a phase falls on ``step``; never on the last."""
