@@ -188,10 +188,8 @@ def choose(name: TransportName, device: torch.device) -> Transport:
 
 def _have_memory_in_common() -> bool:
     """Whether each rank can read what the others put into theirs; the same answer on all."""
-    token, own = secrets.token_bytes(16), -1
-    if _HAS_SHARED_FILES:
-        own = os.memfd_create("mtrl-probe", os.MFD_CLOEXEC)
-        os.write(own, token)
+    token = secrets.token_bytes(16)
+    own = _file_of(token)
     place = _place_of_processes()
     everyones = gather_json([place, os.getpid(), own, token.hex()])
     try:
@@ -203,6 +201,21 @@ def _have_memory_in_common() -> bool:
     finally:
         if own >= 0:
             os.close(own)
+
+
+def _file_of(token: bytes) -> int:
+    """A file in memory that holds ``token``; -1 where there can be none, or no memory is left."""
+    if not _HAS_SHARED_FILES:
+        return -1
+    own = -1
+    try:
+        own = os.memfd_create("mtrl-probe", os.MFD_CLOEXEC)
+        os.write(own, token)
+    except OSError:  # told to the others, which would wait for this rank if it raised
+        if own >= 0:
+            os.close(own)
+        return -1
+    return own
 
 
 def _place_of_processes() -> list[str]:
@@ -244,6 +257,8 @@ def _share(sizes: Sequence[int]) -> list[Tensor]:
     everyones = gather_json([os.getpid(), own, None if error is None else str(error)])
     failed = [number for number, each in enumerate(everyones) if each[2] is not None]
     if failed:
+        if own >= 0:
+            os.close(own)
         raise RolloutError(
             f"rank {failed[0]} could not allocate {sizes[failed[0]]} bytes of shared memory for the push: "
             f"{everyones[failed[0]][2]}; free memory, or use rollout.push_transport=collective"

@@ -1,6 +1,7 @@
 """Every transport delivers each round's elements to their targets, whatever the rounds, and counts them."""
 
 import random
+import resource
 from typing import Any
 
 import pytest
@@ -82,6 +83,27 @@ def chosen_without_memory() -> list[str]:
         except RolloutError as error:
             found.append(str(error))
     return found
+
+
+def chosen_without_room() -> list[str]:
+    """Where one rank can write nothing into its file."""
+    if dist.get_rank() == 0:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    cpu, found = torch.device("cpu"), []
+    for name in ("auto", "shared_memory"):
+        try:
+            found.append(choose(name, cpu).name)
+        except RolloutError as error:
+            found.append(str(error))
+    if dist.get_rank() == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return found
+
+
+def test_a_rank_that_cannot_write_its_share_is_no_error_of_auto(world: World) -> None:
+    for found in world.run(chosen_without_room, size=2):
+        assert found[0] == "collective" and "rollout.push_transport=auto" in found[1]
 
 
 def test_memory_is_shared_where_all_ranks_can(world: World) -> None:
