@@ -6,6 +6,7 @@ Adam's update, a round of the push. A run without a fault counts them; one with 
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -103,10 +104,10 @@ class Faults:
 
 
 def _subject(arguments: tuple[Any, ...]) -> str:
-    """The last two parts of the path that a call is about."""
+    """The last two parts of the path that a call is about, without the process id of temporary names."""
     first = arguments[0]
     path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
-    return "/".join(Path(path).parts[-2:])
+    return re.sub(r"\.\d+\.tmp$", ".tmp", "/".join(Path(path).parts[-2:]))
 
 
 def run_with(
