@@ -182,7 +182,7 @@ class WeightPush:
         if moved:
             raise WeightError(
                 f"{moved[0]} is not where it was when the push was planned, in trainer or engine; make a new "
-                "WeightPush after offloading or reloading weights"
+                "WeightPush after weights were replaced"
             )
 
 

@@ -281,3 +281,23 @@ def measure(
         refusals = [rank["refused"] for rank in ranks if "refused" in rank]
         results.append(refusals[0] if refusals else errors_of(ranks, folder / pair.toy))
     return results
+
+
+class Measured:
+    """Errors of ``pairs``; all of one world size are run when the first of them is asked for."""
+
+    def __init__(self, world: World, folder: Path, pairs: Sequence[Pair]) -> None:
+        self.world, self.folder, self.pairs = world, folder, tuple(dict.fromkeys(pairs))
+        self._found: dict[Pair, Errors | str] = {}
+
+    def __call__(self, pair: Pair) -> Errors:
+        if pair not in self._found:
+            same_size = [each for each in self.pairs if each.size == pair.size]
+            for toy in {each.toy for each in same_size}:
+                if not (self.folder / toy).exists():
+                    write_reference(self.folder, toy)
+            found = measure(self.world, self.folder, same_size)
+            self._found.update(zip(same_size, found, strict=True))
+        errors = self._found[pair]
+        assert isinstance(errors, Errors), errors
+        return errors

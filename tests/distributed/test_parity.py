@@ -1,8 +1,6 @@
 """Every layout gives transformers' losses, gradients and weights, for every family."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from tests.distributed.pairs import (
     legal_specs,
     suite,
 )
-from tests.distributed.parity import Errors, Pair, measure, write_reference
+from tests.distributed.parity import Errors, Measured, Pair
 from tests.distributed.selected import selected
 from tests.distributed.world import World
 from tests.family_toys import FAMILY_TOYS
@@ -26,36 +24,15 @@ SUITE, BOTH_STACKS = suite(), both_stacks()
 FLOORS = {toy: Pair(spec="megatron:d1", toy=toy, max_tokens=1000) for toy in {pair.toy for pair in SUITE}}
 
 
-class Measured:
-    """Errors of ``pairs``; all of one world size are run when the first of them is asked for."""
-
-    def __init__(self, world: World, folder: Path, pairs: Sequence[Pair]) -> None:
-        self.world, self.folder = world, folder
-        floors = {FLOORS[pair.toy]: None for pair in pairs}
-        self.pairs = tuple(dict.fromkeys((*pairs, *floors)))
-        self._found: dict[Pair, Errors | str] = {}
-
-    def __call__(self, pair: Pair) -> Errors:
-        if pair not in self._found:
-            same_size = [each for each in self.pairs if each.size == pair.size]
-            for toy in {each.toy for each in same_size}:
-                if not (self.folder / toy).exists():
-                    write_reference(self.folder, toy)
-            found = measure(self.world, self.folder, same_size)
-            self._found.update(zip(same_size, found, strict=True))
-        errors = self._found[pair]
-        assert isinstance(errors, Errors), errors
-        return errors
-
-
 @pytest.fixture(scope="module")
 def measured(
     request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Measured]:
+) -> Measured:
     """Of the pairs whose tests were selected, and of the floors of all toys whose were."""
     pairs = selected(request, "pair")
+    pairs += [FLOORS[pair.toy] for pair in pairs]
     pairs += [FLOORS[name] for name in selected(request, "floor")]
-    yield Measured(world, tmp_path_factory.mktemp("parity"), pairs)
+    return Measured(world, tmp_path_factory.mktemp("parity"), pairs)
 
 
 def marked(pair: Pair) -> Any:

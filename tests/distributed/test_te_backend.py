@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.parity import Errors, Pair, measure, write_reference
+from tests.distributed.parity import Errors, Measured, Pair
 from tests.distributed.selected import selected
 from tests.distributed.test_logits import LENGTHS, TOLERANCE, differences
 from tests.distributed.test_recompute import TOYS as RECOMPUTED
@@ -246,26 +246,6 @@ def test_fp8_is_asked_by_megatrons_names_over_rows_that_it_takes(te_world: World
         "fp8_delayed": ["hybrid", "delayed", False, 0, 0, True],
         "mxfp8": ["hybrid", "mxfp8", False, 0, 0, True],
     }
-
-
-class Measured:
-    """Errors of pairs; those of one world size run together, the first time one of them is asked for."""
-
-    def __init__(self, world: World, folder: Path, chosen: list[Pair]) -> None:
-        self.world, self.folder, self.chosen = world, folder, chosen
-        self._found: dict[Pair, Errors | str] = {}
-
-    def __call__(self, pair: Pair) -> Errors:
-        if pair not in self._found:
-            same_size = [each for each in self.chosen if each.size == pair.size]
-            for toy in {each.toy for each in same_size}:
-                if not (self.folder / toy).exists():
-                    write_reference(self.folder, toy)
-            found = measure(self.world, self.folder, same_size)
-            self._found.update(zip(same_size, found, strict=True))
-        errors = self._found[pair]
-        assert isinstance(errors, Errors), errors
-        return errors
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ from mtrl.parallel import groups as parallel_groups  # noqa: E402
 from mtrl.parallel.agreement import gather_json  # noqa: E402
 from mtrl.parallel.layout import RankLayout  # noqa: E402
 from mtrl.parallel.spec import parse_training_spec  # noqa: E402
+from mtrl.tools.bench.about import commit  # noqa: E402
 from mtrl.trainer import Trainer  # noqa: E402
 
 NUMBERS, PAGE = ROOT / "docs/benchmarks/checkpoint.json", ROOT / "docs/checkpoint_speed.md"
@@ -144,7 +145,7 @@ def measure(folder: Path, num_rounds: int) -> None:
         rounds.append(row)
     if dist.get_rank() == 0:
         about = {
-            "commit": _git(), "date": time.strftime("%Y-%m-%d"),
+            "commit": commit(), "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "load_average": os.getloadavg()[0],
@@ -228,11 +229,6 @@ def page(numbers: dict[str, Any]) -> str:
             f"| {ratios[0]:.2f} {median(ratios):.2f} {ratios[-1]:.2f} | {share:.1%} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _git() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ each in a process of its own, the folder in the page cache and nothing left to b
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +24,7 @@ import torch
 from mtrl.checkpoint.convert_plan import num_bytes
 from mtrl.models.files import SafetensorsWriter
 from mtrl.models.hf_folder import INDEX_NAME
+from mtrl.tools.bench.about import about
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS, PAGE = ROOT / "docs/convert.json", ROOT / "docs/convert.md"
@@ -73,13 +72,8 @@ def main() -> None:
 
 def measure(num_rounds: int, num_layers: int) -> dict[str, Any]:
     """Seconds and memory of every step of every round."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     numbers: dict[str, Any] = {
-        "command": f"python tools/bench/convert.py --rounds {num_rounds} --layers {num_layers}",
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        **about(f"python tools/bench/convert.py --rounds {num_rounds} --layers {num_layers}", PACKAGES),
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as root:

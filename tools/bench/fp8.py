@@ -8,16 +8,15 @@ the task, which ``make quickstart`` makes.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from mtrl.tools.bench.about import about
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS, PAGE = ROOT / "docs/benchmarks/fp8.json", ROOT / "docs/fp8.md"
@@ -53,13 +52,8 @@ def main() -> None:
 
 def measure(seeds: list[int]) -> dict[str, Any]:
     """Every step's loss, by way and seed."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     return {
-        "command": f"python tools/bench/fp8.py --seeds {' '.join(map(str, seeds))}",
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        **about(f"python tools/bench/fp8.py --seeds {' '.join(map(str, seeds))}", PACKAGES),
         "losses": {way: {str(seed): losses(way, seed) for seed in seeds} for way in WAYS},
     }
 

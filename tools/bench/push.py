@@ -9,13 +9,11 @@ its linear layers unpacked, as the engine here always has them, and its packing 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +34,7 @@ from mtrl.parallel.agreement import gather_json  # noqa: E402
 from mtrl.parallel.layout import RankLayout  # noqa: E402
 from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec  # noqa: E402
 from mtrl.rollout.vllm_engine import VllmEngine  # noqa: E402
+from mtrl.tools.bench.about import about  # noqa: E402
 from mtrl.weight_push.push import WeightPush  # noqa: E402
 
 NUMBERS, PAGE = ROOT / "docs/benchmarks/push.json", ROOT / "docs/push.md"
@@ -88,16 +87,9 @@ def main() -> None:
                 own = ["--rank", name, "--rounds", str(options.rounds)]
                 subprocess.run([sys.executable, *launch, *own], check=True)
                 rows += json.loads((Path(name) / "rows.json").read_text())
-        git = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        about = {
-            "command": f"python tools/bench/push.py --rounds {options.rounds}",
-            "commit": commit,
-            "date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg()[0],
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        }  # fmt: skip
-        NUMBERS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        made = about(f"python tools/bench/push.py --rounds {options.rounds}", PACKAGES)
+        made["load_average"] = os.getloadavg()[0]
+        NUMBERS.write_text(json.dumps({"about": made, "rows": rows}, indent=1) + "\n")
     by_hand = PAGE.read_text().partition(BY_HAND) if PAGE.exists() else ("", "", "")
     PAGE.write_text(page(json.loads(NUMBERS.read_text())) + "".join(by_hand[1:]))
 

@@ -26,6 +26,7 @@ from mtrl.models.families import load_model_config  # noqa: E402
 from mtrl.models.stages import Stages  # noqa: E402
 from mtrl.parallel.layout import RankLayout  # noqa: E402
 from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec  # noqa: E402
+from mtrl.tools.bench.about import commit  # noqa: E402
 from mtrl.tools.push_score import ITEMSIZE, gigabytes  # noqa: E402
 from mtrl.weight_push.kinds import Engines, alike_of, kinds_of  # noqa: E402
 from mtrl.weight_push.nodes import NodePlan, Numbers, plan_alike  # noqa: E402
@@ -83,10 +84,9 @@ def main() -> None:
 
 def about() -> dict[str, Any]:
     """Where and how it was measured."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     return {
         "command": "python tools/bench/push_plan.py",
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": f"python {platform.python_version()}, numpy {version('numpy')}",

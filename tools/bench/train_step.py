@@ -9,12 +9,9 @@ Adam. mtrl packs samples, transformers pads them to the longest.
 import argparse
 import json
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +29,7 @@ from mtrl.parallel.groups import ParallelGroups
 from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import parse_training_spec
 from mtrl.policy import make_microbatches
+from mtrl.tools.bench.about import about
 from mtrl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,13 +77,8 @@ def measure(num_steps: int, threads: Sequence[int]) -> dict[str, Any]:
                     losses[side].append(train(batch))
                     seconds[side].append(time.perf_counter() - start)
             runs.append({"batch": name, "threads": num_threads, "seconds": seconds, "losses": losses})
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     return {
-        "command": f"python tools/bench/train_step.py --steps {num_steps}",
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        **about(f"python tools/bench/train_step.py --steps {num_steps}", PACKAGES),
         "runs": runs,
     }
 
