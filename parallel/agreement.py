@@ -5,7 +5,7 @@ one rank (a disk that is full) is tried, and `agree` then raises on all ranks or
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,12 @@ from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import CheckpointError, MtrlError, RolloutError
 
 Group: TypeAlias = "dist.ProcessGroup | None"
+
+Said: TypeAlias = tuple[bool, int]
+"""Whether a rank failed, and a number it names."""
+
+Tell: TypeAlias = Callable[[bool, int], list[Said]]
+"""Says whether this rank failed, and a number, to all ranks; what every rank said, in rank order."""
 
 
 def gather_json(value: Any, group: Group = None) -> list[Any]:
@@ -58,20 +64,26 @@ def agree(error: Exception | None, group: Group = None, *, kind: type[MtrlError]
     raise kind(f"{_ranks(failed, len(said))}{said[failed[0]]}") from error
 
 
-def agree_on(number: int, what: str, error: Exception | None = None) -> None:
-    """`agree` in one small collective where all is well, and all ranks pass the same ``number``.
+def tell_all(failed: bool, number: int) -> list[Said]:
+    """What every rank says, in rank order. Collective over WORLD."""
+    own = torch.tensor([failed, number], dtype=torch.int64, device=current_device().torch_device)
+    rows = torch.empty(dist.get_world_size() * 2, dtype=torch.int64, device=own.device)
+    dist.all_gather_into_tensor(rows, own)
+    return [(bool(failed), number) for failed, number in rows.view(-1, 2).tolist()]
 
-    Collective over WORLD.
+
+def agree_on(number: int, what: str, error: Exception | None = None, tell: Tell = tell_all) -> None:
+    """`agree` in one small exchange where all is well, and all ranks pass the same ``number``.
+
+    Collective over WORLD; ``tell`` may be another way than a collective of torch.distributed.
 
     Raises:
         RolloutError: on all ranks, when the numbers differ.
     """
-    own = torch.tensor([error is not None, number], dtype=torch.int64, device=current_device().torch_device)
-    rows = torch.empty(dist.get_world_size() * 2, dtype=torch.int64, device=own.device)
-    dist.all_gather_into_tensor(rows, own)
-    failed, numbers = rows.view(-1, 2).T.tolist()
-    if any(failed):
+    said = tell(error is not None, number)
+    if any(failed for failed, _ in said):
         agree(error, kind=RolloutError)
+    numbers = [number for _, number in said]
     if len(set(numbers)) > 1:
         raise RolloutError(f"ranks have different {what}: {numbers}, in rank order")
 

@@ -1,6 +1,4 @@
-"""What a vLLM engine is built from: checks, what its config must be told, the engine, the tokenizer; and
-how it is asked to sample.
-"""
+"""What a vLLM engine is built from: checks, what its config must be told, the engine, the tokenizer."""
 
 import gc
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout.fp8_weights import check_sliced, quantization_config
-from mtrl.rollout.protocol import SamplingSettings
 
 _MAX_PREFILL_TOKENS = 8192  # of all prompts in one forward pass, on CPU
 
@@ -156,15 +153,3 @@ def load_decoder(model_dir: Path) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True)
-
-
-def sampling_params(sampling: SamplingSettings, seed: int) -> Any:
-    """vLLM's words for these settings and one completion's seed."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=sampling.temperature, top_p=sampling.top_p if sampling.temperature else 1.0,
-        max_tokens=sampling.max_new_tokens, stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True,
-        seed=seed, logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-    )  # fmt: skip

@@ -6,7 +6,6 @@ where it has not been run. Left out: engine pipeline parallelism, CUDA graphs, a
 
 import gc
 import hashlib
-import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
-from mtrl.parallel.agreement import agree_on
+from mtrl.parallel.agreement import Tell, agree_on, tell_all
 from mtrl.parallel.errors import LostRanksError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
@@ -27,6 +26,7 @@ from mtrl.rollout.kernel_layout import Ranges
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.seeds import completion_seed
+from mtrl.rollout.vllm_samples import check_request, completion_of, requests, sampling_params
 from mtrl.rollout.weight_loading import Placed, WeightLoader
 
 Dtype = Literal["float32", "bfloat16", "fp8"]
@@ -190,7 +190,12 @@ class VllmEngine:
         return self._loader.prepare(shapes, dtypes)
 
     def update(
-        self, write: Callable[[], None], *, policy_version: int, check: Callable[[], None] | None = None
+        self,
+        write: Callable[[], None],
+        *,
+        policy_version: int,
+        check: Callable[[], None] | None = None,
+        tell: Tell = tell_all,
     ) -> None:
         """Let ``write`` change the live weights in place; they are then of ``policy_version``.
 
@@ -213,7 +218,7 @@ class VllmEngine:
                 raise
             except Exception as caught:  # told to all ranks at once
                 error = error or caught
-        agree_on(policy_version, "policy versions", error)
+        agree_on(policy_version, "policy versions", error, tell)
         if check is not None:
             check()
         self._policy_version = policy_version
@@ -255,7 +260,8 @@ class VllmEngine:
         is not finite.
         """
         version = self.policy_version
-        self._check_request(prompts, sampling, seed)
+        check_request(prompts, sampling, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        self._check_agreement("requests", [(p.prompt_id, p.tokens) for p in prompts], sampling, seed)
         if not prompts:
             return []
         with vllm_process.as_guest(), self._voided_on_error():
@@ -264,8 +270,8 @@ class VllmEngine:
             self._reset_prefix_cache()
             outputs = self._sample(prompts, sampling, seed, version)
         completions = [
-            self._completion(output, prompt, index, version, sampling)
-            for (prompt, index), output in zip(_requests(prompts, sampling), outputs, strict=True)
+            completion_of(output, prompt, index, sampling, policy_version=version, decode=self._decode)
+            for (prompt, index), output in zip(requests(prompts, sampling), outputs, strict=True)
         ]
         self._check_agreement("completions", [completion.tokens for completion in completions])
         return completions
@@ -291,14 +297,14 @@ class VllmEngine:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int, version: int
     ) -> list[Any]:
         first = self._num_requests
-        for prompt, index in _requests(prompts, sampling):
+        for prompt, index in requests(prompts, sampling):
             each = completion_seed(
                 seed=seed, policy_version=version, prompt_id=prompt.prompt_id, sample_index=index
             )
             self._llm.add_request(
                 str(self._num_requests),
                 {"type": "token", "prompt_token_ids": list(prompt.tokens)},
-                vllm_build.sampling_params(sampling, each),
+                sampling_params(sampling, each),
             )
             self._num_requests += 1
         finished: dict[int, Any] = {}
@@ -319,46 +325,6 @@ class VllmEngine:
         except Exception as error:
             self._policy_version = None
             raise RolloutError(f"vLLM failed while sampling: {type(error).__name__}: {error}") from error
-
-    def _completion(
-        self, output: Any, prompt: Prompt, index: int, version: int, sampling: SamplingSettings
-    ) -> Completion:
-        (sampled,) = output.outputs
-        tokens, logprobs = tuple(sampled.token_ids), tuple(sampled.logprobs.logprobs)
-        where = f"completion {index} of prompt {prompt.prompt_id}"
-        if tuple(sampled.logprobs.token_ids) != tokens:
-            raise RolloutError(f"{where}: log-probabilities are not those of its tokens")
-        if not all(math.isfinite(value) and value <= 1e-5 for value in logprobs):
-            raise RolloutError(f"{where}: a log-probability is not a finite number at most 0: {logprobs}")
-        stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
-        if sampled.finish_reason != ("stop" if stopped else "length") or not tokens:
-            raise RolloutError(
-                f"{where}: vLLM ended it with {sampled.finish_reason!r} after {len(tokens)} tokens"
-            )
-        if not stopped and len(tokens) != sampling.max_new_tokens:
-            raise RolloutError(
-                f"{where}: {len(tokens)} tokens, neither stopped nor {sampling.max_new_tokens} long"
-            )
-        return Completion(
-            prompt_id=prompt.prompt_id, sample_index=index, tokens=tokens, logprobs=logprobs,
-            finish_reason="stop" if stopped else "length", policy_version=version, text=self._decode(tokens),
-        )  # fmt: skip
-
-    def _check_request(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int) -> None:
-        for prompt in prompts:
-            length = len(prompt.tokens)
-            if length == 0 or length + sampling.max_new_tokens > self._max_model_len:
-                raise RolloutError(
-                    f"prompt {prompt.prompt_id} has {length} tokens; with max_new_tokens "
-                    f"{sampling.max_new_tokens} and max_model_len {self._max_model_len} it must have 1 to "
-                    f"{self._max_model_len - sampling.max_new_tokens}"
-                )
-            if min(prompt.tokens) < 0 or max(prompt.tokens) >= self._vocab_size:
-                raise RolloutError(f"prompt {prompt.prompt_id} has a token outside 0..{self._vocab_size - 1}")
-        ids = [prompt.prompt_id for prompt in prompts]
-        if len(set(ids)) != len(ids):
-            raise RolloutError("a prompt_id occurs twice: both prompts would get the same seeds")
-        self._check_agreement("requests", [(p.prompt_id, p.tokens) for p in prompts], sampling, seed)
 
     def _check_agreement(self, what: str, *values: object) -> None:
         """RolloutError unless all ranks of this engine hold equal ``values``; collective over the engine."""
@@ -392,9 +358,3 @@ class _Once:
         if function is not None:
             with torch.no_grad():
                 function()
-
-
-def _requests(prompts: Sequence[Prompt], sampling: SamplingSettings) -> Iterator[tuple[Prompt, int]]:
-    for prompt in prompts:
-        for index in range(sampling.num_samples):
-            yield prompt, index

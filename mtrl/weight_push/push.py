@@ -126,7 +126,7 @@ class WeightPush:
         """
         before = self.counts.bytes_received
         check = self._check if self._num_verified > 0 else None
-        self._engine.update(self._write, policy_version=policy_version, check=check)
+        self._engine.update(self._write, policy_version=policy_version, check=check, tell=self.transport.tell)
         self._num_verified -= 1
         return self.counts.bytes_received - before
 

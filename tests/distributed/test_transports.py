@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mtrl.parallel import one_machine
 from mtrl.parallel.errors import RolloutError
-from mtrl.weight_push import transport
 from mtrl.weight_push.transport import CollectiveTransport, RoundSizes, SharedMemoryTransport, choose
 from tests.distributed.world import World
 
@@ -75,7 +75,7 @@ def chosen() -> list[str]:
 def chosen_without_memory() -> list[str]:
     """Where one rank can share nothing: another kind of system."""
     if dist.get_rank() == 1:
-        transport._HAS_SHARED_FILES = False
+        one_machine._HAS_SHARED_FILES = False
     cpu, found = torch.device("cpu"), []
     for name in ("auto", "collective", "shared_memory"):
         try:
