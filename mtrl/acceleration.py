@@ -13,6 +13,7 @@ from mtrl.config_check import rollout_spec
 from mtrl.model_settings import FLEX, RECIPES, backend_of, fp8_of, weights_precision
 from mtrl.models.backends import unsupported
 from mtrl.models.config import ModelConfig
+from mtrl.overlap_rules import check_overlap
 from mtrl.parallel.capabilities import Survey, survey
 from mtrl.parallel.errors import ConfigError
 from mtrl.parallel.spec import ParallelSpec
@@ -35,10 +36,8 @@ def check_acceleration(
     """Raise ConfigError for what is asked for and cannot work: the key, what was given, the fix."""
     _check_fp8(config, actor, model)
     _check_dispatch(config, actor, model)
-    _check_overlap(config, actor)
-    _check_shared_experts(config, model)
+    check_overlap(config, actor, model)
     _check_backend(config, model)
-    _check_user_buffers(config, actor)
     _check_fp8_rollout(config, model)
     _check_memory(config)
     _check_moments(config)
@@ -140,46 +139,6 @@ def _check_dispatch(config: Config, actor: ParallelSpec, model: ModelConfig) -> 
         )
 
 
-def _check_overlap(config: Config, actor: ParallelSpec) -> None:
-    """Megatron's own assertions (its transformer_config.py), and what its schedule of layers leaves out."""
-    moe, key = config.actor.moe, "actor.moe.overlap_expert_communication"
-    if not moe.overlap_expert_communication:
-        return
-    chunks, router = config.actor.virtual_pipeline_size or 1, config.actor.router
-    reasons = {
-        f"{actor} has experts on one rank; write e2 or more": actor.ffn.ep == 1,
-        "with dispatcher allgather, which has nothing to overlap; write alltoall": moe.dispatcher
-        == "allgather",
-        "with model.precision fp32; write bf16": config.model.precision == "fp32",
-        "with actor.recompute full; write none or selective": config.actor.recompute == "full",
-        "with recompute_modules that hold moe; take it out": config.actor.recompute == "selective"
-        and "moe" in config.actor.recompute_modules,
-        "with losses or bias updates of actor.router, whose counts Megatron's schedule of layers does not "
-        "carry; leave them out": (
-            bool(router.aux_loss_coeff or router.z_loss_coeff or router.bias_update_rate)
-        ),
-        "with shared_expert_overlap; write one of both": moe.shared_expert_overlap,
-        f"{actor} has pipeline stages of one chunk; write actor.virtual_pipeline_size=2 or more": (
-            actor.attn.pp > 1 and chunks == 1
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ConfigError(f"{key}: true, but {reason}")
-
-
-def _check_shared_experts(config: Config, model: ModelConfig) -> None:
-    moe, key = config.actor.moe, "actor.moe.shared_expert_overlap"
-    if not moe.shared_expert_overlap:
-        return
-    if not (model.moe and model.moe.shared_hidden_size):
-        raise ConfigError(f"{key}: true, but this model has no shared experts; write false")
-    if moe.dispatcher != "alltoall":
-        raise ConfigError(f"{key}: true with dispatcher {moe.dispatcher}; it needs alltoall, or write false")
-    if config.actor.recompute == "selective" and "shared_experts" in config.actor.recompute_modules:
-        raise ConfigError(f"{key}: true with recompute_modules that hold shared_experts; take them out")
-
-
 def _check_backend(config: Config, model: ModelConfig) -> None:
     if backend_of(config) != "transformer_engine":
         return
@@ -187,22 +146,6 @@ def _check_backend(config: Config, model: ModelConfig) -> None:
     reason = unsupported(model, precision=weights_precision(config), is_cuda=True)
     if reason:
         raise ConfigError(f"model.backend: transformer_engine: {reason}; write model.backend=torch_native")
-
-
-def _check_user_buffers(config: Config, actor: ParallelSpec) -> None:
-    if not config.actor.tp_comm_overlap:
-        return
-    if backend_of(config) != "transformer_engine":
-        raise ConfigError(
-            f"actor.tp_comm_overlap: true with torch_native, which has no such buffers; {_WITHOUT_TE}, or "
-            "actor.tp_comm_overlap=false"
-        )
-    if actor.attn.tp == 1 or config.actor.sequence_parallel is False:
-        raise ConfigError(
-            f"actor.tp_comm_overlap: true, but no tokens travel between tensor parallel ranks of {actor} "
-            f"with actor.sequence_parallel {config.actor.sequence_parallel}; write t2 or more and auto, or "
-            "actor.tp_comm_overlap=false"
-        )
 
 
 def _has_fp8_rollout(config: Config) -> bool:

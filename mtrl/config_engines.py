@@ -148,8 +148,9 @@ class ActorSection(Section):
     """How tokens travel to experts and back."""
 
     tp_comm_overlap: bool = False
-    """Move tensor parallel ranks' tokens while products run, in Transformer Engine's user buffers. Not built
-    yet: refused wherever it is asked for."""
+    """Move tensor parallel ranks' tokens while products run, in Transformer Engine's user buffers. These have
+    one shape, so every row is padded to ``algorithm.max_tokens_per_microbatch``: set it near to what samples
+    fill. Needs ``t2`` or more within a node, sequence parallelism, and Transformer Engine's layers."""
 
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in backward, which saves memory: whole layers, or ``recompute_modules``."""

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mtrl.models.megatron_config import recompute_fields
 from mtrl.parallel import determinism, groups
 from mtrl.parallel.agreement import agree
 from mtrl.parallel.layout import RankLayout
+from mtrl.policy import row_length
 from mtrl.preflight import Job
 from mtrl.probe import NUM_PROMPTS, NUM_TOKENS, Probe
 from mtrl.progress import open_progress
@@ -73,7 +74,7 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
     )
     step = resumed.state.step if resumed else 0
     first_step = step + 1 if config.if_exists == "resume" else None
-    with MetricsWriter(folder, config, first_step=first_step) as writer:
+    with MetricsWriter(folder, config, first_step=first_step) as writer, _user_buffers(job, model):
         session = Session(
             job=job,
             folder=folder,
@@ -120,6 +121,17 @@ def _build(job: Job) -> Model:
         num_chunks=num_chunks or 1,
         **_megatron_fields(job),
     )
+
+
+def _user_buffers(job: Job, model: Model) -> AbstractContextManager[None]:
+    """Hold Transformer Engine's where the config asks for them."""
+    if not job.config.actor.tp_comm_overlap:
+        return nullcontext()
+    # Imports Transformer Engine, which few machines have.
+    from mtrl.models.backends.transformer_engine.user_buffers import user_buffers
+
+    max_tokens = job.config.algorithm.max_tokens_per_microbatch
+    return user_buffers(model.transformer_config, model.groups, row_length=row_length(model, max_tokens))
 
 
 def _beginning(job: Job) -> Position:

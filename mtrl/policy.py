@@ -28,6 +28,8 @@ from megatron.core.tensor_parallel import (
 )
 
 _ROW_MULTIPLE = 8  # so that rows of many lengths share kernels and allocations
+# Transformer Engine: fill_userbuffers_buffer_for_all_gather in pytorch/module/base.py.
+_MXFP8_IN_USER_BUFFERS = 128
 
 Sums = dict[str, Tensor]
 """0-d tensors of one microbatch; those named ``*_max`` join by maximum, the others by sum."""
@@ -82,7 +84,8 @@ def make_microbatches(
     """This rank's microbatches of a global batch that every rank passes whole.
 
     All ranks get equally many, padded to one length: Megatron's pipeline sends tensors of one shape, sequence
-    parallelism wants a length that ``attn.tp`` divides, and context parallelism two chunks a rank.
+    parallelism wants a length that ``attn.tp`` divides, and context parallelism two chunks a rank. With
+    ``actor.tp_comm_overlap`` it is that of ``max_tokens`` in every batch: user buffers are of one shape.
     """
     spec, at = model.groups.layout.spec, model.groups.coordinates
     cp = spec.attn.cp
@@ -95,9 +98,7 @@ def make_microbatches(
         multiple_of=spec.attn.pp if len(model.chunks) > 1 else 1,
     )
     longest = max(sum(lengths[index] for index in row) for rank in plan for row in rank)
-    shares = spec.attn.tp * (2 * cp if cp > 1 else 1)
-    multiple = math.lcm(_ROW_MULTIPLE, shares * _fp8_alignment(model))
-    pad_to = -(-max(longest, 1) // multiple) * multiple
+    pad_to = row_length(model, max_tokens if model.transformer_config.tp_comm_overlap else longest)
     return [
         Microbatch.on_device(
             pack([samples[i] for i in row], pad_to=pad_to, pad_token_id=pad_token_id), cp=cp, cp_rank=at.cp
@@ -106,9 +107,19 @@ def make_microbatches(
     ]
 
 
+def row_length(model: Model, num_tokens: int) -> int:
+    """The shortest row that holds ``num_tokens`` and that the layout's axes and FP8 can share."""
+    attn = model.groups.layout.spec.attn
+    shares = attn.tp * (2 * attn.cp if attn.cp > 1 else 1)
+    multiple = math.lcm(_ROW_MULTIPLE, shares * _fp8_alignment(model))
+    return -(-max(num_tokens, 1) // multiple) * multiple
+
+
 def _fp8_alignment(model: Model) -> int:
     """Megatron's FP8 products want a rank's share of a row to be a multiple of this; 1 without them."""
     config = model.transformer_config
+    if config.fp8_recipe == "mxfp8" and config.tp_comm_overlap:
+        return _MXFP8_IN_USER_BUFFERS
     return int(get_fp8_align_size(config.fp8_recipe)) if config.fp8 else 1
 
 

@@ -81,7 +81,13 @@ FEATURES: tuple[Feature, ...] = (
         name="tp_comm_overlap",
         what="actor.tp_comm_overlap",
         any_of=("transformer-engine",),
-        built=False,
+        hardware=Hardware(
+            sm=((9, 0),),
+            or_newer=True,
+            cuda=(12, 1),
+            source="Transformer Engine: initialize_ub asks for CUDA Multicast",
+        ),
+        symbols=("transformer_engine.pytorch:UserBufferQuantizationMode",),
     ),
     Feature(
         name="bf16_moments",

@@ -31,6 +31,8 @@ TE = "model.backend=transformer_engine"
 DEEPEP = "actor.moe.dispatcher=deepep"
 OVERLAP = "actor.moe.overlap_expert_communication=true"
 SHARED = "actor.moe.shared_expert_overlap=true"
+BUFFERS = "actor.tp_comm_overlap=true"
+T2 = "actor.backend=megatron:(attn:t2|ffn:e2)"
 P2 = "actor.backend=megatron:(attn:d2p2|ffn:p2e2)"
 
 
@@ -119,13 +121,23 @@ RULES: dict[str, tuple[list[str], str]] = {
     "offloading without an engine": (["actor.offload=all"], "sft, which has no engine to make room for"),
     "sleep without an engine": (["rollout.sleep=true"], "rollout.sleep: true with sft"),
     "user buffers in plain torch": (
-        ["actor.tp_comm_overlap=true"],
-        "actor.tp_comm_overlap: true with torch_native, which has no such buffers",
+        [BUFFERS],
+        "actor.tp_comm_overlap: true, but with torch_native, which has no such buffers",
     ),
-    "user buffers of one rank": (
-        [TE, "actor.tp_comm_overlap=true"],
-        "no tokens travel between tensor parallel ranks",
+    "user buffers of one rank": ([TE, BUFFERS], "no tokens travel between tensor parallel ranks"),
+    "user buffers of whole sequences": (
+        [TE, BUFFERS, "actor.sequence_parallel=false", "actor.backend=megatron:t2"],
+        "with actor.sequence_parallel False; write t2 or more and auto",
     ),
+    "user buffers across nodes": (
+        [TE, BUFFERS, "actor.backend=megatron:t16"],
+        "16 tensor parallel ranks, which do not fit into nodes of 8",
+    ),
+    "user buffers of blocks": (
+        [TE, BUFFERS, T2, "model.precision=fp8_blockwise"],
+        "with model.precision fp8_blockwise, whose scales do not travel in them",
+    ),
+    "user buffers of two microbatches": ([TE, BUFFERS, T2, OVERLAP], "two microbatches in the same buffers"),
 }
 
 
@@ -174,6 +186,33 @@ def test_a_model_without_shared_experts_has_none_to_overlap(tmp_path: Path) -> N
     given = config(tmp_path, SHARED)
     with pytest.raises(ConfigError, match="this model has no shared experts"):
         check_acceleration(given, actor_spec(given), config_of("qwen3 moe"), able)
+
+
+@pytest.mark.parametrize(
+    ("toy", "hidden_size", "message"),
+    [
+        ("deepseek v3", 64, "deepseek_v3 has latent attention, whose projections have no such buffers"),
+        ("qwen3", 48, "hidden_size 48 is no multiple of 32"),
+    ],
+)
+def test_user_buffers_of_a_model_that_has_none_are_refused(
+    tmp_path: Path, toy: str, hidden_size: int, message: str
+) -> None:
+    given = config(tmp_path, TE, BUFFERS, "actor.backend=megatron:t2")
+    with pytest.raises(ConfigError) as caught:
+        check_acceleration(given, actor_spec(given), replace(config_of(toy), hidden_size=hidden_size), able)
+    assert message in str(caught.value)
+
+
+def test_user_buffers_are_refused_where_gpus_cannot_share_them(tmp_path: Path, model: ModelConfig) -> None:
+    model = replace(model, hidden_size=64)
+    given = config(tmp_path, TE, BUFFERS, T2)
+    check_acceleration(given, actor_spec(given), model, able)
+    older = replace(able(), features={**able().features, "tp_comm_overlap": "wants sm_90"})
+    with pytest.raises(
+        ConfigError, match=r"actor\.tp_comm_overlap: true, which cannot be had here: wants sm_90"
+    ):
+        check_acceleration(given, actor_spec(given), model, lambda: older)
 
 
 # What this machine lacks, in the words of the survey.

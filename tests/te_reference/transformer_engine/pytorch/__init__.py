@@ -4,8 +4,9 @@ from transformer_engine.pytorch import distributed, fp8, ops
 from transformer_engine.pytorch.attention import DotProductAttention
 from transformer_engine.pytorch.linears import GroupedLinear, LayerNormLinear, Linear
 from transformer_engine.pytorch.norms import LayerNorm, RMSNorm
+from transformer_engine.pytorch.user_buffers import UserBufferQuantizationMode, destroy_ub, initialize_ub
 
 __all__ = [
     "DotProductAttention", "GroupedLinear", "LayerNorm", "LayerNormLinear", "Linear", "RMSNorm",
-    "distributed", "fp8", "ops",
+    "UserBufferQuantizationMode", "destroy_ub", "distributed", "fp8", "initialize_ub", "ops",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Linears, alone, behind a norm, and one for each expert.
 
 ``parallel_mode`` ``"column"`` shards the output features over the group, ``"row"`` the input features, None
-nothing. With ``return_bias`` the bias is returned, not added. Arguments that only kernels, overlap or
-initialisation read are taken and not used; unknown ones are errors.
+nothing. With ``return_bias`` the bias is returned, not added. Arguments that only kernels or initialisation
+read are taken and not used; unknown ones are errors. With overlap (``ub_*``) nothing is computed otherwise,
+but there must be user buffers that fit.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformer_engine.pytorch import user_buffers
 from transformer_engine.pytorch.distributed import into_columns, out_of_rows
 
 
@@ -19,6 +21,8 @@ class TransformerEngineBaseModule(nn.Module):
     """What all modules have besides parameters: an extra state, of no bytes outside FP8."""
 
     fp8 = fp8_calibration = False
+    ub_name: str | None = None
+    overlaps = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,12 +75,18 @@ class _Parallel(TransformerEngineBaseModule):
         is_parallel = self.tp_size > 1
         if is_parallel and self.parallel_mode == "column":
             x = into_columns(x, self.tp_group, sequence_parallel=self.sequence_parallel)
+            self._take_buffers(x)
         out = F.linear(x, weight)
         if is_parallel and self.parallel_mode == "row":
+            self._take_buffers(out)
             out = out_of_rows(out, self.tp_group, sequence_parallel=self.sequence_parallel)
         if self.return_bias:
             return out, bias
         return out + bias if self.use_bias else out
+
+    def _take_buffers(self, travelling: Tensor) -> None:
+        if self.overlaps and self.sequence_parallel:
+            user_buffers.take(travelling, self.ub_name, tp_size=self.tp_size, fp8=self.fp8)
 
 
 class Linear(_Parallel):
@@ -98,6 +108,8 @@ class Linear(_Parallel):
             parallel_mode, device, fuse_wgrad_accumulation, delay_wgrad_compute,
         )  # fmt: skip
         self.save_original_input = save_original_input
+        self.ub_name = ub_name
+        self.overlaps = ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad
         self.weight = self._new_weight()
         self.bias = self._new_bias()
 
@@ -127,6 +139,8 @@ class LayerNormLinear(_Parallel):
         assert normalization == "RMSNorm" and not zero_centered_gamma, "not in the reference"
         assert not return_layernorm_output, "not in the reference"
         self.eps, self.normalization = eps, normalization
+        self.ub_name = ub_name
+        self.overlaps = ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, **self._options))
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         self.layer_norm_bias = None
