@@ -5,9 +5,10 @@ above it run on a machine without CUDA: constructor arguments, parameter names a
 parameters, what is gathered and reduced over which group, and where a bias goes are those that Transformer
 Engine documents. Each is a few lines of torch with autograd.
 
-What it is not: it has none of Transformer Engine's kernels, dtypes, fusions, overlaps or FP8. No number
-computed here says anything about theirs; that needs a GPU. Nothing of mtrl imports it; tests put its folder
-on ``sys.path`` in processes of their own.
+What it is not: it has none of Transformer Engine's kernels, dtypes, fusions or overlaps. Its FP8 is what the
+recipes say, quantised and dequantised; in blocks the arithmetic is torch_native's, all of mtrl that is in it.
+No number computed here says anything about the kernels' own; that needs a GPU. Nothing of mtrl imports it;
+tests put its folder on ``sys.path`` in processes of their own.
 """
 
 import importlib.util

@@ -3,12 +3,16 @@
 With sequence parallelism ranks of the group hold shares of dim 0.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
+
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast, recomputing
 
 
 class CudaRNGStatesTracker:
@@ -21,8 +25,26 @@ class CudaRNGStatesTracker:
 def activation_recompute_forward(
     activation_recompute: bool = False, recompute_phase: bool = False
 ) -> AbstractContextManager[None]:
-    """Around a recomputed forward pass; only FP8 has something to remember there."""
-    return nullcontext()
+    """Around a forward pass whose activations are dropped, and around the one that makes them again."""
+    return recomputing(activation_recompute)
+
+
+def checkpoint(
+    function: Callable[..., Any], *args: Any, distribute_saved_activations: bool = False,
+    get_rng_state_tracker: Callable[[], Any] | None = None, tp_group: Any = None,
+) -> Any:  # fmt: skip
+    """Call ``function`` now, and again in backward, which needs no activations kept, with FP8 as it is now.
+    Not under delayed scaling, whose scales would be others by then.
+    """
+    assert not distribute_saved_activations, "not in the reference"
+    is_on, recipe = FP8GlobalStateManager.is_fp8_enabled(), FP8GlobalStateManager.get_fp8_recipe()
+    assert not (is_on and recipe.delayed()), "not in the reference"
+
+    def recomputed(*tensors: Any) -> Any:
+        with recomputing(True), fp8_autocast(enabled=is_on, fp8_recipe=recipe):
+            return function(*tensors)
+
+    return torch.utils.checkpoint.checkpoint(recomputed, *args, use_reentrant=True)
 
 
 def _all_gather(x: Tensor, group: Any) -> Tensor:

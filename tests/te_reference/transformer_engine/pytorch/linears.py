@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from transformer_engine.pytorch import user_buffers
 from transformer_engine.pytorch.distributed import into_columns, out_of_rows
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+from transformer_engine.pytorch.products import fp8_linear
 
 
 class TransformerEngineBaseModule(nn.Module):
-    """What all modules have besides parameters: an extra state, of no bytes outside FP8."""
+    """What all modules have besides parameters: an extra state, of no bytes outside FP8. In FP8 Transformer
+    Engine's is pickled, which nothing of mtrl reads or writes.
+    """
 
     fp8 = fp8_calibration = False
     ub_name: str | None = None
@@ -26,9 +30,11 @@ class TransformerEngineBaseModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fp8_meta: dict[str, object] = {"fp8_checkpoint": False}
+        self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
+        self.fp8_states: dict[str, Any] = {}
 
     def get_extra_state(self) -> Tensor:
+        assert not self.fp8, "the reference pickles nothing"
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
@@ -71,12 +77,13 @@ class _Parallel(TransformerEngineBaseModule):
             _mark(bias, 0)
         return bias
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor, gemm: int = 0, num_gemms: int = 1) -> Any:
+        self.fp8 = FP8GlobalStateManager.is_fp8_enabled()
         is_parallel = self.tp_size > 1
         if is_parallel and self.parallel_mode == "column":
             x = into_columns(x, self.tp_group, sequence_parallel=self.sequence_parallel)
             self._take_buffers(x)
-        out = F.linear(x, weight)
+        out = fp8_linear(x, weight, self, gemm, num_gemms) if self.fp8 else F.linear(x, weight)
         if is_parallel and self.parallel_mode == "row":
             self._take_buffers(out)
             out = out_of_rows(out, self.tp_group, sequence_parallel=self.sequence_parallel)
@@ -178,7 +185,8 @@ class GroupedLinear(_Parallel):
         assert len(m_splits) == self.num_gemms and sum(m_splits) == inp.shape[0]
         numbered = enumerate(inp.split(m_splits))
         parts = [
-            self._product(x, getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i, x in numbered
+            self._product(x, getattr(self, f"weight{i}"), getattr(self, f"bias{i}"), i, self.num_gemms)
+            for i, x in numbered
         ]
         if self.return_bias:
             return torch.cat([out for out, _ in parts]), [bias for _, bias in parts]
