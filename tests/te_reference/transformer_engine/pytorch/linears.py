@@ -116,7 +116,9 @@ class Linear(_Parallel):
         )  # fmt: skip
         self.save_original_input = save_original_input
         self.ub_name = ub_name
-        self.overlaps = ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad
+        self.overlaps = (
+            ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad
+        )
         self.weight = self._new_weight()
         self.bias = self._new_bias()
 
@@ -147,7 +149,9 @@ class LayerNormLinear(_Parallel):
         assert not return_layernorm_output, "not in the reference"
         self.eps, self.normalization = eps, normalization
         self.ub_name = ub_name
-        self.overlaps = ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad
+        self.overlaps = (
+            ub_overlap_ag or ub_overlap_rs or ub_overlap_rs_dgrad or ub_bulk_dgrad or ub_bulk_wgrad
+        )
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, **self._options))
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         self.layer_norm_bias = None
