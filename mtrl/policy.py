@@ -1,4 +1,4 @@
-"""The policy's forward pass: log-probabilities of packed tokens, and the closures Megatron's schedules run.
+"""The policy's forward pass over packed tokens, and the closures Megatron's schedules run.
 
 Legend: T this rank's tokens of a microbatch, V this rank's share of the vocabulary.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtrl.batch import Sample
+from mtrl.logprobs import target_logprobs
 from mtrl.models.builder import Model
 from mtrl.models.packed import PackedSegments, zigzag_tokens
 from mtrl.models.router import Routers
@@ -20,12 +21,7 @@ from mtrl.parallel.determinism import deterministic_algorithms
 from mtrl.parallel.device import current_device
 
 from megatron.core.fp8_utils import get_fp8_align_size
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import (
-    reduce_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
-)
 
 _ROW_MULTIPLE = 8  # so that rows of many lengths share kernels and allocations
 # Transformer Engine: fill_userbuffers_buffer_for_all_gather in pytorch/module/base.py.
@@ -138,40 +134,6 @@ def _samples_of_tokens(packed: PackedMicrobatch) -> Tensor:
     samples = torch.arange(packed.cu_seqlens.numel() - 1)
     sample_T = torch.repeat_interleave(samples, packed.cu_seqlens.cpu().diff().long())
     return sample_T.masked_fill(sample_T >= len(packed.sample_ids), -1)
-
-
-def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int, temperature: float) -> Tensor:
-    """Natural log-probability of each target at a temperature, float32 [T]; carries a gradient.
-
-    ``logits_TV`` is this tensor parallel rank's share of the vocabulary, of which the last ``padding``
-    columns are not tokens. Collective over ``attn.tp``. Logits of a float64 model stay float64.
-    """
-    if logits_TV.dtype == torch.float64:
-        return _float64_logprobs(logits_TV / temperature, targets_T, padding=padding)
-    logits_TV = logits_TV.float()
-    if temperature != 1.0:
-        logits_TV = logits_TV / temperature
-    if padding:
-        is_padding_V = (
-            torch.arange(logits_TV.shape[-1], device=logits_TV.device) >= logits_TV.shape[-1] - padding
-        )
-        logits_TV = logits_TV.masked_fill(is_padding_V, torch.finfo(torch.float32).min)
-    # Megatron's kernel works in place, [sequence, batch, vocabulary].
-    nll: Tensor = vocab_parallel_cross_entropy(logits_TV.clone().unsqueeze(1), targets_T.unsqueeze(1))
-    return -nll.squeeze(1)
-
-
-def _float64_logprobs(logits_TV: Tensor, targets_T: Tensor, *, padding: int) -> Tensor:
-    """As `target_logprobs`, where Megatron's kernel would round to float32."""
-    share = logits_TV.shape[-1]
-    column_V = torch.arange(share, device=logits_TV.device)
-    logits_TV = logits_TV.masked_fill(column_V >= share - padding, -math.inf)
-    # No maximum is taken out first: float64 has room for the exponentials of a test's logits.
-    total_T = reduce_from_tensor_model_parallel_region(logits_TV.exp().sum(-1))
-    own_TV = targets_T[:, None] == column_V + share * get_tensor_model_parallel_rank()
-    chosen_T: Tensor = reduce_from_tensor_model_parallel_region(logits_TV.masked_fill(~own_TV, 0.0).sum(-1))
-    logprobs_T: Tensor = chosen_T - total_T.log()
-    return logprobs_T
 
 
 class Policy:
@@ -288,6 +250,7 @@ class Policy:
                     packed.targets_T,
                     padding=self._padding,
                     temperature=self.temperature,
+                    group=self.model.groups.attn.tp,
                 )
                 loss_sum, sums = loss(logprobs_T, microbatch)
                 num_tokens = packed.loss_mask_T.sum()

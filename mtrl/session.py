@@ -20,6 +20,7 @@ from mtrl.checkpoint.save import Checkpointer, Contents
 from mtrl.config_engines import Decay
 from mtrl.data.order import DataCursor
 from mtrl.exchange import sum_over_ranks
+from mtrl.logprobs import logprob_kernel
 from mtrl.memory import Memory, Stage
 from mtrl.metrics import EvaluationMetrics, MetricsWriter, Stopwatch, peak_memory
 from mtrl.model_settings import backend_of, weights_precision
@@ -30,9 +31,9 @@ from mtrl.policy import Microbatch, make_microbatches
 from mtrl.preflight import Job
 from mtrl.progress import Progress
 from mtrl.resume import Position, Resumed
+from mtrl.rollout.in_place import InPlaceEngine
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.sampler import sample_on_all, score_on_all
-from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.run_folder import Json, RunFolder
 from mtrl.stop import Stopped, StopRequest
 from mtrl.trainer import Trainer
@@ -46,7 +47,7 @@ class Sampling:
     ``check`` is run after each of the next ``num_checked`` pushes. ``memory`` makes room for each of them.
     """
 
-    engine: VllmEngine
+    engine: InPlaceEngine
     push: WeightPush
     memory: Memory
     policy_version: int = 0
@@ -280,6 +281,7 @@ class Session:
             "layers": backend_of(config),
             "precision": config.model.precision,
             "dispatcher": config.actor.moe.dispatcher,
+            "logprobs": logprob_kernel(),
             "optimizer": ", ".join(sorted(f"{adam.__module__}.{adam.__name__}" for adam in adams)),
             "device": torch.cuda.get_device_name(device.torch_device) if is_gpu else "cpu",
         }

@@ -66,6 +66,7 @@ READING_ORDER = (
     "mtrl/exchange.py",
     "mtrl/advantages.py",
     "mtrl/losses.py",
+    "mtrl/logprobs.py",
     "mtrl/policy.py",
     "mtrl/objectives.py",
     "mtrl/memory.py",
