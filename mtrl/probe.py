@@ -10,9 +10,9 @@ from mtrl.exchange import max_over_ranks, sum_over_ranks
 from mtrl.parallel.errors import MismatchError
 from mtrl.policy import make_microbatches
 from mtrl.rl import to_samples
+from mtrl.rollout.in_place import InPlaceEngine
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.sampler import sample_on_all
-from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.trainer import Trainer
 
 NUM_PROMPTS, NUM_TOKENS = 8, 16
@@ -25,7 +25,7 @@ class Probe:
     Every prompt leaves room for ``num_tokens`` more in the engine; ``max_tokens`` bounds a microbatch.
     """
 
-    engine: VllmEngine
+    engine: InPlaceEngine
     trainer: Trainer
     prompts: Sequence[Prompt]
     num_tokens: int

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from mtrl.batch import Completion, Prompt
 from mtrl.exchange import all_gather_completions, broadcast_floats
 from mtrl.rewards import Reward
+from mtrl.rollout.in_place import InPlaceEngine
 from mtrl.rollout.protocol import SamplingSettings
-from mtrl.rollout.vllm_engine import VllmEngine
 
 
 def sample_on_all(
-    engine: VllmEngine, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seed: int
+    engine: InPlaceEngine, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seed: int
 ) -> list[Completion]:
     """Completions of all prompts, on every rank, ordered by prompt id, then sample index.
 

@@ -9,7 +9,6 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,33 +17,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
-from mtrl.parallel.agreement import Tell, agree_on, tell_all
-from mtrl.parallel.errors import LostRanksError, RolloutError
+from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
-from mtrl.rollout.kernel_layout import Ranges
-from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
+from mtrl.rollout.in_place import InPlaceEngine
+from mtrl.rollout.loader_record import LoaderRecord
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.seeds import completion_seed
 from mtrl.rollout.vllm_samples import check_request, completion_of, requests, sampling_params
-from mtrl.rollout.weight_loading import Placed, WeightLoader
+from mtrl.rollout.weight_loading import WeightLoader
 
 Dtype = Literal["float32", "bfloat16", "fp8"]
 """``fp8``: what fp8_weights.py names in FP8 blocks, all else in bfloat16; GPUs only."""
 
 
-class VllmEngine:
+class VllmEngine(InPlaceEngine):
     """A `RolloutEngine`; build it with `create`, one at a time in a process."""
 
     def __init__(self, *, llm: Any, spec: RolloutSpec, max_model_len: int, decode: Any, dtype: Dtype) -> None:
         from vllm.distributed.parallel_state import get_tp_group
 
         self._llm = llm
-        self._spec = spec
         self._max_model_len = max_model_len
         self._decode = decode
         self._group: dist.ProcessGroup = get_tp_group().cpu_group
-        self._policy_version: int | None = None
         self._num_requests = 0
         self._worker = llm.model_executor.driver_worker.worker
         self._model = self._worker.model_runner.get_model()
@@ -52,10 +48,10 @@ class VllmEngine:
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._derived = vllm_mends.derived_weights(self._model)
         self._worker.weight_transfer_engine.derive = self._derive
-        self._has_fp8_weights = dtype == "fp8"
-        if self._has_fp8_weights:
+        if dtype == "fp8":
             vllm_build.check_fp8_kernels(self._model)
         self._loader = WeightLoader(self._model, getattr(torch, vllm_build.compute_dtype(dtype)), self._group)
+        super().__init__(spec=spec, places=self._loader.places, has_fp8_weights=dtype == "fp8")
 
     @classmethod
     def create(
@@ -107,50 +103,21 @@ class VllmEngine:
             return cls(llm=llm, spec=spec, max_model_len=max_model_len, decode=decode, dtype=dtype)
 
     def sleep(self) -> None:
-        """Give weights and KV cache back to the GPU; without a push this engine then refuses to sample.
+        """See `InPlaceEngine.sleep`.
 
         Collective over the engine's ranks. Not run yet: vLLM has it on GPUs alone.
         """
-        self._policy_version = None
+        self.void()
         self._llm.sleep(level=2)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take memory for ``part`` again, at the same addresses."""
+        """See `InPlaceEngine.wake`."""
         self._llm.wake_up(tags=[part])
-
-    @property
-    def replica_index(self) -> int:
-        """Which of the spec's dp engines this rank belongs to."""
-        return dist.get_rank() // self._spec.tp
-
-    @property
-    def num_replicas(self) -> int:
-        """How many engines there are; prompts are dealt out among them by the caller."""
-        return self._spec.dp
-
-    @property
-    def engine_rank(self) -> int:
-        """This rank's place within its engine; all of an engine's ranks return the same completions."""
-        return dist.get_rank() % self._spec.tp
-
-    @property
-    def policy_version(self) -> int:
-        """Version of the weights the engine holds; RolloutError while it holds none that are whole."""
-        if self._policy_version is None:
-            raise RolloutError(
-                "the engine holds no weights: its first load_weights is missing, or the last one failed"
-            )
-        return self._policy_version
 
     @property
     def loader_record(self) -> LoaderRecord | None:
         """What this rank needs of each Hugging Face tensor; None before the first `load_weights`."""
         return self._loader.record
-
-    @property
-    def destinations(self) -> Mapping[str, Tensor]:
-        """This rank's live weights, by vLLM's names; they keep their storage."""
-        return self._loader.destinations
 
     def live_parameters(self) -> list[tuple[Mapping[str, Tensor], str]]:
         """Where the model keeps its parameters: each a mapping and its key there."""
@@ -161,69 +128,19 @@ class VllmEngine:
             if parameter is not None and not f".{name}".endswith(vllm_mends.DERIVED_PARAMETERS)
         ]
 
-    def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether all places of a full tensor have its elements."""
-        return self._loader.holds(name, tensor)
-
-    def placed(self, copy: RecordedCopy, ranges: Ranges) -> Iterator[Placed]:
-        """See `WeightLoader.placed`."""
-        return self._loader.placed(copy, ranges)
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return next(iter(self.destinations.values())).device
-
-    @property
-    def has_fp8_weights(self) -> bool:
-        """Whether linears' weights are kept in FP8 blocks, each with its scales."""
-        return self._has_fp8_weights
-
     def plan_weights(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
     ) -> LoaderRecord:
-        """What this rank needs of Hugging Face tensors of these shapes. Collective over the replica.
-
-        They are of the engine's dtype, or what ``dtypes`` says. WeightError when a name is unknown or
-        missing.
-        """
+        """See `InPlaceEngine.plan_weights`."""
         return self._loader.prepare(shapes, dtypes)
 
-    def update(
-        self,
-        write: Callable[[], None],
-        *,
-        policy_version: int,
-        check: Callable[[], None] | None = None,
-        tell: Tell = tell_all,
-    ) -> None:
-        """Let ``write`` change the live weights in place; they are then of ``policy_version``.
+    @property
+    def is_shut_down(self) -> bool:
+        """See `InPlaceEngine.is_shut_down`."""
+        return self._llm is None
 
-        Collective over WORLD. vLLM's scheduler is paused meanwhile, its prefix cache emptied. ``write`` runs
-        even where vLLM fails before it: other ranks may wait for this one in there. ``check`` runs after;
-        until all ranks are done with it, and after an error, the engine refuses to sample.
-
-        Raises:
-            RolloutError: on all ranks, when a rank failed or versions differ.
-        """
-        if self._llm is None:
-            raise RolloutError("the engine was shut down; it takes no weights")
-        self._policy_version = None
-        error: Exception | None = None
-        part = _Once(write)
-        for attempt in (partial(self._update_paused, part), part):
-            try:
-                attempt()
-            except LostRanksError:
-                raise
-            except Exception as caught:  # told to all ranks at once
-                error = error or caught
-        agree_on(policy_version, "policy versions", error, tell)
-        if check is not None:
-            check()
-        self._policy_version = policy_version
-
-    def _update_paused(self, write: Callable[[], None]) -> None:
+    def paused(self, write: Callable[[], None]) -> None:
+        """See `InPlaceEngine.paused`."""
         core = self._llm.engine_core.engine_core
         with torch.no_grad(), vllm_process.as_guest():
             core.pause_scheduler(mode="keep", clear_cache=True)
@@ -234,21 +151,16 @@ class VllmEngine:
             finally:
                 core.resume_scheduler()
 
-    def replay(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write full tensors to all their places, as vLLM's loader would."""
-        for name, tensor in tensors.items():
-            self._loader.replay(name, tensor)
-
     def load_weights(self, named: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
         """See `RolloutEngine.load_weights`; tensors of any float dtype, cast to the engine's."""
-        self._policy_version = None
+        self.void()
         with torch.no_grad():
             # The trainer's own code may run inside this iteration: vLLM's torch must not be in place yet.
             self._loader.load(named)
         with vllm_process.as_guest():
             self._derive()
             self._reset_prefix_cache()
-        self._policy_version = policy_version
+        self.accept(policy_version)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seed: int
@@ -277,7 +189,7 @@ class VllmEngine:
         return completions
 
     def shutdown(self) -> None:
-        """Free the engine's memory and groups; torch.distributed and the trainer's groups stay."""
+        """See `InPlaceEngine.shutdown`."""
         if self._llm is None:
             return
         with vllm_process.as_guest():
@@ -289,7 +201,7 @@ class VllmEngine:
         self._llm = self._model = self._worker = None
         self._loader = self._group = None  # type: ignore[assignment]
         self._derived = []
-        self._policy_version = None
+        self.void()
         gc.unfreeze()
         gc.collect()
 
@@ -323,7 +235,7 @@ class VllmEngine:
         try:
             yield
         except Exception as error:
-            self._policy_version = None
+            self.void()
             raise RolloutError(f"vLLM failed while sampling: {type(error).__name__}: {error}") from error
 
     def _check_agreement(self, what: str, *values: object) -> None:
@@ -345,16 +257,3 @@ class VllmEngine:
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM did not reset its prefix cache: some request still holds it")
-
-
-class _Once:
-    """A function that is called once, however often it is asked for."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function: Callable[[], None] | None = function
-
-    def __call__(self) -> None:
-        function, self._function = self._function, None
-        if function is not None:
-            with torch.no_grad():
-                function()

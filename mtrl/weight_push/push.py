@@ -19,9 +19,10 @@ from torch import Tensor
 from mtrl.models.builder import Model
 from mtrl.models.gather import DTYPES
 from mtrl.parallel.agreement import gather_json
-from mtrl.parallel.errors import LostRanksError, RolloutError, WeightError
+from mtrl.parallel.errors import LostRanksError, RolloutError
 from mtrl.rollout.fp8_weights import fp8_dtypes, fp8_names, with_scales
-from mtrl.rollout.vllm_engine import VllmEngine
+from mtrl.rollout.in_place import InPlaceEngine
+from mtrl.rollout.storages import StorageWatch
 from mtrl.weight_push.copies import Copies
 from mtrl.weight_push.fp8_images import Fp8Images, PartsPlan
 from mtrl.weight_push.plan import Needs, exchange_needs, plan_push, sendable_boxes
@@ -31,7 +32,6 @@ from mtrl.weight_push.verify import Checksums
 from mtrl.weight_push.views import Views
 
 BUCKET_BYTES = 256 * 2**20
-NUM_SPOT_CHECKS = 64
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class WeightPush:
     def __init__(
         self,
         model: Model,
-        engine: VllmEngine,
+        engine: InPlaceEngine,
         dtype: torch.dtype,
         *,
         bucket_bytes: int = BUCKET_BYTES,
@@ -101,9 +101,7 @@ class WeightPush:
         self._checksums, self._num_verified = Checksums(self.plan, views, dtype), num_verified
         own: Mapping[str, Tensor] = {f"{name} (chunk {n})": p for (n, name), p in model.parameters().items()}
         live = [*((own, name) for name in own), *engine.live_parameters()]
-        # Storages, not addresses: what is offloaded and onloaded (memory.py) may lie elsewhere.
-        self._storage = [(owner, name, owner[name].untyped_storage()) for owner, name in live]
-        self._spot = 0
+        self._watch = StorageWatch(live)
 
     @property
     def extra_bytes(self) -> int:
@@ -145,7 +143,7 @@ class WeightPush:
         self._engine.replay(self.staging)
 
     def _steps(self) -> Iterator[Callable[[], None]]:
-        yield self._check_storage
+        yield self._watch.check
         if self._images is not None:
             yield self._images.measure
             yield self._told.local.run
@@ -173,17 +171,6 @@ class WeightPush:
     def _check(self) -> None:
         replayed = [name for name, tensor in self.staging.items() if not self._engine.holds(name, tensor)]
         self._checksums.check(replayed)
-
-    def _check_storage(self) -> None:
-        """Look at some tensors each time, so that the cost does not grow with their number."""
-        live = self._storage[self._spot : self._spot + NUM_SPOT_CHECKS]
-        self._spot = self._spot + NUM_SPOT_CHECKS if len(live) == NUM_SPOT_CHECKS else 0
-        moved = [name for owner, name, was in live if owner[name].untyped_storage()._cdata != was._cdata]
-        if moved:
-            raise WeightError(
-                f"{moved[0]} is not where it was when the push was planned, in trainer or engine; make a new "
-                "WeightPush after weights were replaced"
-            )
 
 
 class _CopyFailed(RolloutError):

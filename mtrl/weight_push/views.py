@@ -13,7 +13,7 @@ from mtrl.models.flat_ranges import boxes_of_range
 from mtrl.models.pieces import stored_region
 from mtrl.rollout.kernel_layout import Ranges, in_dims_of, shifted
 from mtrl.rollout.loader_record import RecordedCopy
-from mtrl.rollout.weight_loading import Placed
+from mtrl.rollout.places import Placed
 from mtrl.weight_push.copies import common_shape
 from mtrl.weight_push.plan import Needs
 

@@ -87,13 +87,13 @@ class Ways:
         owner, name = self.engine.live_parameters()[0]
         data = owner[name].data
         owner[name].data = data.clone() if dist.get_rank() == 0 else data
-        self.push._spot = 0
-        self.push._storage.insert(0, (owner, name, data.untyped_storage()))
+        self.push._watch._next = 0
+        self.push._watch._known.insert(0, (owner, name, data.untyped_storage()))
         try:
             self.push.run(policy_version=2)
         finally:
             owner[name].data = data
-            self.push._storage.pop(0)
+            self.push._watch._known.pop(0)
 
     def with_a_wrong_bit(self) -> None:
         weights = self.engine.destinations.items()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,13 @@ from mtrl.models.families import load_model_config
 from mtrl.models.hf_folder import SCALE_SUFFIX
 from mtrl.models.quantized import DequantizedSource
 from mtrl.models.transfers import Boxes
-from mtrl.parallel.agreement import agree_on, gather_json
+from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec, parse_rollout_spec, parse_training_spec
 from mtrl.rollout import fp8_weights, vllm_build
-from mtrl.rollout.kernel_layout import Ranges
-from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy, record_loader
-from mtrl.rollout.weight_loading import Placed, WeightLoader
+from mtrl.rollout.in_place import InPlaceEngine
+from mtrl.rollout.loader_record import LoaderRecord, record_loader
+from mtrl.rollout.weight_loading import WeightLoader
 from mtrl.weight_push.kinds import Engines
 from mtrl.weight_push.plan import Needs
 from tests.property.node_bounds import masks
@@ -154,23 +154,19 @@ def _faults(model: Any, destinations: Mapping[str, Tensor], config: ModelConfig)
             yield f"{name} is read in other blocks than its scales"
 
 
-class ShardEngine:
+class ShardEngine(InPlaceEngine):
     """This rank's shard of vLLM's model, and mtrl's real loader of it: a `VllmEngine` to a push, which
     cannot sample.
     """
 
-    has_fp8_weights = True
-    device = torch.device("cpu")
+    is_shut_down = False
 
     def __init__(self, folder: Path, engines: Engines, group: dist.ProcessGroup) -> None:
         place = dist.get_rank() % engines.spec.tp
         ((self.model, _),) = shard_records.shard_models(folder, engines, [place], "fp8")
         self._loader = WeightLoader(self.model, torch.bfloat16, group)
         self.record: LoaderRecord | None = None
-
-    @property
-    def destinations(self) -> Mapping[str, Tensor]:
-        return self._loader.destinations
+        super().__init__(spec=engines.spec, places=self._loader.places, has_fp8_weights=True)
 
     def live_parameters(self) -> list[tuple[Mapping[str, Tensor], str]]:
         return [
@@ -186,24 +182,13 @@ class ShardEngine:
         self.record = self._loader.prepare(shapes, dtypes)
         return self.record
 
-    def placed(self, copy: RecordedCopy, ranges: Ranges) -> Iterator[Placed]:
-        return self._loader.placed(copy, ranges)
+    def paused(self, write: Callable[[], None]) -> None:
+        write()
 
-    def replay(self, tensors: Mapping[str, Tensor]) -> None:
-        assert not tensors, "no weight of these families is replayed"
+    def generate(self, prompts: object, sampling: object, *, seed: int) -> NoReturn:
+        raise NotImplementedError("vLLM has no kernels for it here")
 
-    def update(
-        self, write: Callable[[], None], *, policy_version: int, check: Callable[[], None] | None
-    ) -> None:
-        error: Exception | None = None
-        try:
-            with torch.no_grad():
-                write()
-        except ValueError as caught:
-            error = caught
-        agree_on(policy_version, "policy versions", error)
-        if check is not None:
-            check()
+    sleep = wake = shutdown = generate  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
