@@ -12,6 +12,7 @@ from torch import nn
 
 from mtrl.models.backends import Backend, unsupported
 from mtrl.models.backends.torch_native import places as native_places
+from mtrl.models.backends.torch_native import rotation
 from mtrl.models.backends.torch_native.layers import layer_spec as native_layer_spec
 from mtrl.models.backends.torch_native.norms import RMSNorm
 from mtrl.models.backends.torch_native.rotary import PackedRotary, inverse_frequencies
@@ -187,6 +188,7 @@ def _build_chunk(
         vp_stage=chunk if stages.num_chunks > 1 else None,
     )
     _replace_rotary(model, config, groups, on_cpu=megatron.use_cpu_initialization)
+    rotation.install()
     return model.to(current_device().torch_device)
 
 

@@ -8,7 +8,6 @@ Legend: T this rank's tokens of a microbatch, V this rank's share of the vocabul
 """
 
 import importlib
-import importlib.util
 import math
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtrl.parallel.device import current_device
+from mtrl.parallel.kernels import can_build_kernels
 
 ROWS_BYTES = 2**26
 """What a copy of some rows takes at most: work for a GPU, and little beside 16,384 tokens' logits (5 GB)."""
@@ -32,9 +31,9 @@ _MASKED = -1e30  # finite when divided by a temperature, and exp() of it is 0 al
 @cache
 def logprob_kernel() -> Kernel:
     """What computes log-probabilities in this process: the kernel of fla-core on a GPU, where its version is
-    one that was tested and Triton is there; else this file. Logits in float64 are always this file's.
+    one that was tested and kernels can be built; else this file. Logits in float64 are always this file's.
     """
-    if current_device().kind != "cuda" or importlib.util.find_spec("triton") is None:
+    if not can_build_kernels():
         return "mtrl.logprobs"
     try:
         found = version("fla-core")

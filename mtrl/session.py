@@ -24,6 +24,7 @@ from mtrl.logprobs import logprob_kernel
 from mtrl.memory import Memory, Stage
 from mtrl.metrics import EvaluationMetrics, MetricsWriter, Stopwatch, peak_memory
 from mtrl.model_settings import backend_of, weights_precision
+from mtrl.models.backends.torch_native.rotation import rotation_kernel
 from mtrl.models.builder import Model
 from mtrl.parallel.device import current_device
 from mtrl.plots import plot_rewards
@@ -282,6 +283,7 @@ class Session:
             "precision": config.model.precision,
             "dispatcher": config.actor.moe.dispatcher,
             "logprobs": logprob_kernel(),
+            "rotation": rotation_kernel(),
             "optimizer": ", ".join(sorted(f"{adam.__module__}.{adam.__name__}" for adam in adams)),
             "device": torch.cuda.get_device_name(device.torch_device) if is_gpu else "cpu",
         }

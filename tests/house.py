@@ -18,6 +18,7 @@ READING_ORDER = (
     "parallel/layout.py",
     "parallel/megatron_version.py",
     "parallel/device.py",
+    "parallel/kernels.py",
     "parallel/capability_table.py",
     "parallel/capability_features.py",
     "parallel/capability_probe.py",

@@ -18,12 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtrl.logprobs
 from mtrl.logprobs import Kernel, target_logprobs
-from mtrl.parallel.device import DeviceInfo
 from tests.distributed.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 NUM_TOKENS, SHARE = 13, 300
-CPU = DeviceInfo(kind="cpu", torch_device=torch.device("cpu"), comm_backend="gloo")
 needs_fla = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fla", "triton")),
     reason="needs fla-core and triton, which no CPU environment installs: see docs/acceleration.md",
@@ -223,20 +221,14 @@ def test_no_copy_of_all_logits_is_made_in_float32(world: World) -> None:
 def test_the_kernel_is_taken_on_a_gpu_alone_and_in_tested_versions_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = DeviceInfo(kind="cuda", torch_device=torch.device("cuda", 0), comm_backend="nccl")
     choose = mtrl.logprobs.logprob_kernel.__wrapped__  # uncached
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     found = {}
-    for device, installed in itertools.product((gpu, CPU), ("0.6.0", "0.6.3", "0.5.1", "0.7.0", None)):
-        monkeypatch.setattr(mtrl.logprobs, "current_device", lambda of=device: of)
+    for is_gpu, installed in itertools.product((True, False), ("0.6.0", "0.6.3", "0.5.1", "0.7.0", None)):
+        monkeypatch.setattr(mtrl.logprobs, "can_build_kernels", lambda answer=is_gpu: answer)
         monkeypatch.setattr(mtrl.logprobs, "version", partial(reported, installed))
-        found[device.kind, installed] = choose()
-    taken = {("cuda", "0.6.0"), ("cuda", "0.6.3")}
+        found[is_gpu, installed] = choose()
+    taken = {(True, "0.6.0"), (True, "0.6.3")}
     assert {each for each, kernel in found.items() if kernel != "mtrl.logprobs"} == taken
-    monkeypatch.setattr(mtrl.logprobs, "current_device", lambda: gpu)
-    monkeypatch.setattr(mtrl.logprobs, "version", partial(reported, "0.6.0"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no Triton
-    assert choose() == "mtrl.logprobs"
 
 
 def reported(installed: str | None, name: str) -> str:

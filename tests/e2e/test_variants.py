@@ -176,7 +176,8 @@ def test_sft_in_fp8_by_another_dispatcher_writes_bf16(world: World, toy: Path) -
     uses = json.loads((folder / "summary.json").read_text())["uses"]
     assert uses == {
         "layers": "torch_native", "precision": "fp8_blockwise", "dispatcher": "allgather",
-        "logprobs": "mtrl.logprobs", "optimizer": "torch.optim.adamw.AdamW", "device": "cpu",
+        "logprobs": "mtrl.logprobs", "rotation": "megatron",
+        "optimizer": "torch.optim.adamw.AdamW", "device": "cpu",
     }  # fmt: skip
     with safe_open(folder / "checkpoints" / "step_000004" / "model.safetensors", framework="pt") as file:
         assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
