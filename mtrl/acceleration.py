@@ -40,7 +40,7 @@ def check_acceleration(
     _check_backend(config, model)
     _check_fp8_rollout(config, model)
     _check_memory(config)
-    _check_moments(config)
+    _check_optimizer(config)
     is_native = backend_of(config) == "torch_native"
     if is_native and config.model.fp8.products == "scaled_mm" and ask().machine.gpu is not None:
         raise ConfigError(
@@ -69,6 +69,9 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "actor.tp_comm_overlap: true", "tp_comm_overlap", "actor.tp_comm_overlap=false"
     if config.actor.optimizer.moments == "bf16":
         yield "actor.optimizer.moments: bf16", "bf16_moments", "actor.optimizer.moments=fp32"
+    if (fraction := config.actor.optimizer.offload_fraction) > 0:
+        key = "actor.optimizer.offload_fraction"
+        yield f"{key}: {fraction:g}", "host_optimizer", f"{key}=0"
     if config.rollout.sleep:
         yield "rollout.sleep: true", "sleep", "rollout.sleep=false"
     if _has_fp8_rollout(config):
@@ -159,13 +162,29 @@ def _check_fp8_rollout(config: Config, model: ModelConfig) -> None:
         check_sliced(model, rollout_spec(config), expert_parallel=config.rollout.expert_parallel)
 
 
-def _check_moments(config: Config) -> None:
-    optimizer = config.actor.optimizer
+def _check_optimizer(config: Config) -> None:
+    optimizer, key = config.actor.optimizer, "actor.optimizer.offload_fraction"
     if optimizer.moments == "bf16" and not optimizer.distributed:
         raise ConfigError(
             "actor.optimizer.moments: bf16, which Megatron-Core has in its distributed optimizer alone; "
             "write actor.optimizer.distributed=true, or moments=fp32"
         )
+    if not optimizer.offload_fraction:
+        return
+    given = f"{key}: given {optimizer.offload_fraction:g}"
+    reasons = {
+        "which checkpoints know in Megatron-Core's distributed optimizer alone; write "
+        "actor.optimizer.distributed=true": not optimizer.distributed,
+        "but what steps on the host keeps fp32 moments; write actor.optimizer.moments=fp32": (
+            optimizer.moments == "bf16"
+        ),
+        "but Megatron-Core makes no such optimizer of fp32 weights; write model.precision=bf16": (
+            config.model.precision == "fp32"
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"{given}, {reason}, or {key}=0")
 
 
 def _check_memory(config: Config) -> None:

@@ -93,6 +93,12 @@ class OptimizerSection(Section):
     """Dtype of Adam's moments between steps. bf16 halves them, through Transformer Engine's FusedAdam; needs
     ``distributed``. Checkpoints hold fp32 in both."""
 
+    offload_fraction: Fraction = 0.0
+    """Share of the parameters whose masters and moments live in host memory and whose steps are taken there,
+    on a machine with a GPU (Megatron's ``HybridDeviceOptimizer``); needs ``distributed``, bf16 weights
+    and fp32 ``moments``. ``actor.offload`` is something else: it moves what a GPU has away while the engine
+    samples."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSection(Section):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtrl.adam import adams_of, optimizer_config, parts_of
 from mtrl.config_engines import Decay, OptimizerSection, RouterSection
 from mtrl.memory import HostCopy, Part
 from mtrl.models.builder import Model
@@ -28,18 +29,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-_BF16_MOMENTS: dict[str, Any] = {
-    "use_precision_aware_optimizer": True,
-    "exp_avg_dtype": torch.bfloat16,
-    "exp_avg_sq_dtype": torch.bfloat16,
-    # Says nothing of how the model computes: told of blocks, Megatron keeps the masters itself, in fp32,
-    # where checkpoints know them, and gives FusedAdam the moments alone (OptimizerConfig.__post_init__).
-    "fp8_recipe": "blockwise",
-    "store_param_remainders": False,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,20 +101,7 @@ class Trainer:
         """
         settings, config = self.settings, self.model.transformer_config
         self.optimizer: Any = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=lr,
-                min_lr=min(settings.min_lr, lr),
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.eps,
-                clip_grad=settings.grad_clip,
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=settings.distributed,
-                **_BF16_MOMENTS if settings.moments == "bf16" else {},
-            ),
+            optimizer_config(settings, config, lr=lr),
             self.chunks,
             use_gloo_process_groups=False,
             pg_collection=self.model.groups.collection,
@@ -217,14 +195,13 @@ class Trainer:
             buffers = [each for c in self.chunks for each in (*c.buffers, *c.expert_parallel_buffers)]
             return [each.grad_data for each in buffers]
         # None before the first phase; in fp32 Adam updates the weights themselves.
-        whole = getattr(self, "optimizer", None)
-        parts = [each for each in getattr(whole, "chained_optimizers", [whole]) if each is not None]
-        adams = [each.optimizer for each in parts if not getattr(each, "is_stub_optimizer", False)]
+        parts = parts_of(self.optimizer) if hasattr(self, "optimizer") else ()
+        adams = [adam for each in parts for adam in adams_of(each)]
         found = [tensor for adam in adams for group in adam.param_groups for tensor in group["params"]]
         states = [state for adam in adams for state in adam.state.values()]
         found += [value for state in states for value in state.values() if isinstance(value, Tensor)]
         own = {tensor.untyped_storage()._cdata for tensor in weights}
-        kind = current_device().torch_device.type  # counts of steps are on the host
+        kind = current_device().torch_device.type  # counts of steps are on the host, and what steps there
         return [t for t in found if t.device.type == kind and t.untyped_storage()._cdata not in own]
 
     def host_copies(self) -> dict[Part, HostCopy]:

@@ -7,7 +7,8 @@ from mtrl.parallel.capability_table import Hardware, PackageName
 
 FeatureName = Literal[
     "train", "rollout", "fused_adam", "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
-    "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "bf16_moments", "fp8_rollout", "sleep",
+    "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "bf16_moments", "host_optimizer",
+    "fp8_rollout", "sleep",
 ]  # fmt: skip
 
 
@@ -93,6 +94,17 @@ FEATURES: tuple[Feature, ...] = (
         name="bf16_moments",
         what="actor.optimizer.moments: bf16",
         any_of=("transformer-engine",),
+    ),
+    Feature(
+        name="host_optimizer",
+        what="actor.optimizer.offload_fraction: an optimizer that steps on the host",
+        any_of=("megatron-core",),
+        hardware=Hardware(
+            sm=(),
+            or_newer=True,
+            cuda=None,
+            source="HybridDeviceOptimizer in megatron/core/optimizer/cpu_offloading takes what is_cuda there",
+        ),
     ),
     Feature(
         name="wgrad_fusion",

@@ -71,6 +71,7 @@ READING_ORDER = (
     "mtrl/policy.py",
     "mtrl/objectives.py",
     "mtrl/memory.py",
+    "mtrl/adam.py",
     "mtrl/trainer.py",
     "mtrl/run_folder.py",
     "mtrl/metrics.py",

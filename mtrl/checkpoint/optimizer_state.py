@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtrl.adam import adams_of, parts_of
 from mtrl.models.boxes import Box, Piece
 from mtrl.models.builder import Model
 from mtrl.models.flat_ranges import RangePiece, pieces_of_range
@@ -21,6 +22,7 @@ from mtrl.models.transfers import Boxes, plan_transfers
 from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.errors import CheckpointError
 
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
@@ -140,7 +142,13 @@ class OptimizerState:
 
 
 def _shards(optimizer: Any, names: Mapping[int, Parameter]) -> Iterator[Shard]:
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for each in parts_of(optimizer):
+        owners = {
+            id(main): adam
+            for adam in adams_of(each)
+            for group in adam.param_groups
+            for main in group["params"]
+        }
         for parameter, main, start, stop in _main_tensors(each):
             yield Shard(
                 parameter=names[id(parameter)],
@@ -148,18 +156,20 @@ def _shards(optimizer: Any, names: Mapping[int, Parameter]) -> Iterator[Shard]:
                 stop=stop,
                 main=main,
                 is_master=main.dtype != parameter.dtype,
-                optimizer=each.optimizer,
+                optimizer=owners[id(main)],
             )
 
 
 def _main_tensors(optimizer: Any) -> Iterator[tuple[Tensor, Tensor, int, int]]:
     """(parameter, what Adam updates, start, stop) of one of Megatron's optimizers."""
-    if getattr(optimizer, "is_stub_optimizer", False):
-        return
     if isinstance(optimizer, DistributedOptimizer):
+        adam = optimizer.optimizer
+        # Where some step on the host, each is a float32 copy of what Megatron knows.
+        inner = adam.param_to_inner_param if isinstance(adam, HybridDeviceOptimizer) else {}
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             part = optimizer._get_model_param_range_map(parameter)["param"]
-            yield parameter, optimizer.optimizer.param_groups[group]["params"][order], part.start, part.end
+            main = adam.param_groups[group]["params"][order]
+            yield parameter, inner.get(main, main), part.start, part.end
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
         narrow = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
         for parameters, mains in narrow:
@@ -183,7 +193,10 @@ def _initialize(shard: Shard) -> None:
             state[kind] = torch.zeros_like(shard.main, dtype=dtypes.get(kind))
     # torch's Adam counts steps in each parameter's state; the fused ones in the group.
     if "step" not in state and isinstance(shard.optimizer, torch.optim.Adam):
-        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        # The fused one counts where its tensors are.
+        is_fused = any(group.get("fused") for group in shard.optimizer.param_groups)
+        device = shard.main.device if is_fused else torch.device("cpu")
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device=device)
 
 
 def _num_steps(shard: Shard) -> int:

@@ -32,6 +32,7 @@ DEEPEP = "actor.moe.dispatcher=deepep"
 OVERLAP = "actor.moe.overlap_expert_communication=true"
 SHARED = "actor.moe.shared_expert_overlap=true"
 BUFFERS = "actor.tp_comm_overlap=true"
+OFFLOADED = "actor.optimizer.offload_fraction=0.5"
 T2 = "actor.backend=megatron:(attn:t2|ffn:e2)"
 P2 = "actor.backend=megatron:(attn:d2p2|ffn:p2e2)"
 
@@ -117,6 +118,18 @@ RULES: dict[str, tuple[list[str], str]] = {
     "moments of every rank": (
         ["actor.optimizer.moments=bf16", "actor.optimizer.distributed=false"],
         "which Megatron-Core has in its distributed optimizer alone",
+    ),
+    "offloaded moments in bf16": (
+        [OFFLOADED, "actor.optimizer.moments=bf16"],
+        "given 0.5, but what steps on the host keeps fp32 moments",
+    ),
+    "offloading of every rank's state": (
+        [OFFLOADED, "actor.optimizer.distributed=false"],
+        "which checkpoints know in Megatron-Core's distributed optimizer alone",
+    ),
+    "offloading beside fp32 weights": (
+        [OFFLOADED, "model.precision=fp32"],
+        "Megatron-Core makes no such optimizer of fp32 weights; write model.precision=bf16, or",
     ),
     "offloading without an engine": (["actor.offload=all"], "sft, which has no engine to make room for"),
     "sleep without an engine": (["rollout.sleep=true"], "rollout.sleep: true with sft"),
@@ -221,6 +234,7 @@ ASKED: dict[str, tuple[list[str], str, str]] = {
     "deepep": ([DEEPEP], "actor.moe.dispatcher: deepep", "actor.moe.dispatcher=alltoall"),
     "hybridep": (["actor.moe.dispatcher=hybridep"], "actor.moe.dispatcher: hybridep", "alltoall"),
     "bf16_moments": (["actor.optimizer.moments=bf16"], "actor.optimizer.moments: bf16", "moments=fp32"),
+    "host_optimizer": ([OFFLOADED], "actor.optimizer.offload_fraction: 0.5", "offload_fraction=0"),
     "permute_fusion": (["actor.moe.permute_fusion=true"], "actor.moe.permute_fusion: true", "false"),
 }
 
