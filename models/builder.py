@@ -18,6 +18,7 @@ from mtrl.models.backends.torch_native.norms import RMSNorm
 from mtrl.models.backends.torch_native.rotary import PackedRotary, inverse_frequencies
 from mtrl.models.carried import Carried
 from mtrl.models.config import ModelConfig
+from mtrl.models.fp8_parameters import Fp8Parameters
 from mtrl.models.megatron_config import Precision, to_transformer_config
 from mtrl.models.precision import Fp8
 from mtrl.models.stages import Stages
@@ -50,6 +51,7 @@ class Model:
     chunks: tuple[nn.Module, ...]
     weight_map: WeightMap
     carried: Carried = field(default_factory=Carried)
+    fp8_parameters: Fp8Parameters = field(default_factory=Fp8Parameters)
 
     def parameters(self) -> dict[tuple[int, str], nn.Parameter]:
         """This rank's parameters by (chunk, name)."""
@@ -60,14 +62,17 @@ class Model:
         }
 
     def tensors(self) -> dict[tuple[int, str], torch.Tensor]:
-        """Parameters, and the buffers that a checkpoint holds too (the experts' selection bias)."""
+        """Parameters, and the buffers that a checkpoint holds too (the experts' selection bias). Of those in
+        FP8, copies: see `Fp8Parameters`.
+        """
         buffers = {
             (number, name): buffer
             for number, chunk in enumerate(self.chunks)
             for name, buffer in chunk.named_buffers()
             if name.endswith(STATE_BUFFERS)
         }
-        return {**self.parameters(), **buffers}
+        read = self.fp8_parameters.read
+        return {key: read(parameter) for key, parameter in self.parameters().items()} | buffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mtrl.models import fp8_parameters
 from mtrl.models.builder import Model
 from mtrl.models.files import FileSink, FolderWriter
 from mtrl.models.gather import DEFAULT_BUCKET_BYTES, DTYPES, TensorGather
@@ -43,6 +44,7 @@ def load_weights(model: Model, source: TensorSource) -> None:
     for piece in weights.pieces:
         for simple in piece.simple():
             write_stored(tensors, simple, source.read(simple.hf.name, simple.stored))
+    fp8_parameters.write(model.parameters(), tensors)
     world_size = model.groups.layout.world_size
     carried = carried_names(model.config, found)
     model.carried.read(source, carried, rank=model.groups.rank, world_size=world_size)
@@ -106,17 +108,8 @@ def write_hf(
     shards = list(shard_names(sizes, shard_bytes or _share(sizes, world_size)))
     carried = list(_carried_shards(model, shard_bytes or LARGEST_SHARD_BYTES))
     files = _file_names(len(shards) + len(carried))
-    for start in range(0, len(shards), world_size):
-        wave = shards[start : start + world_size]
-        wanted = [*wave, *([] for _ in range(world_size - len(wave)))]
-        gather = TensorGather(model, wanted, bucket_bytes=bucket_bytes)
-        if rank < len(wave):
-            kinds = {name: gather.kind(name, dtype) for name in gather.names}
-            with out.tensors(files[start + rank], kinds) as put:
-                for name, tensor in gather.run(dtype):
-                    put(name, tensor)
-        else:
-            assert not list(gather.run(dtype)), "a rank without a file wants no tensors"
+    with model.fp8_parameters.masters_shown():
+        _write_shards(model, out, list(zip(files, shards, strict=False)), dtype, bucket_bytes)
     for file, (owner, names) in zip(files[len(shards) :], carried, strict=True):
         if owner == rank:
             tensors = {name: model.carried.tensors[name] for name in names}
@@ -129,6 +122,28 @@ def write_hf(
         if len(files) > 1:
             all_shards = [*shards, *(names for _, names in carried)]
             out.write(INDEX_NAME, _json(_index(files, all_shards, num_bytes)))
+
+
+def _write_shards(
+    model: Model,
+    out: FileSink,
+    shards: Sequence[tuple[str, list[str]]],
+    dtype: torch.dtype,
+    bucket_bytes: int,
+) -> None:
+    """Write files, each with its tensors, in waves of one a rank. Collective over WORLD."""
+    rank, world_size = model.groups.rank, model.groups.layout.world_size
+    for start in range(0, len(shards), world_size):
+        wave = shards[start : start + world_size]
+        wanted = [*(names for _, names in wave), *([] for _ in range(world_size - len(wave)))]
+        gather = TensorGather(model, wanted, bucket_bytes=bucket_bytes)
+        if rank < len(wave):
+            kinds = {name: gather.kind(name, dtype) for name in gather.names}
+            with out.tensors(wave[rank][0], kinds) as put:
+                for name, tensor in gather.run(dtype):
+                    put(name, tensor)
+        else:
+            assert not list(gather.run(dtype)), "a rank without a file wants no tensors"
 
 
 def _carried_shards(model: Model, shard_bytes: int) -> Iterator[tuple[int, list[str]]]:

@@ -1,7 +1,8 @@
 """FP8 training: which products run in it, and how. Pure; imports neither torch nor Megatron.
 
-Weights, norms, embeddings, routers and the output layer stay bf16, masters and moments fp32, so that a run
-starts from any bf16 checkpoint and writes one. What changes is the arithmetic of the layers' linears.
+Norms, embeddings, routers and the output layer stay bf16, masters and moments fp32, so that a run starts from
+any bf16 checkpoint and writes one. What changes is the arithmetic of the layers' linears and, if wanted, how
+their weights are kept.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class Fp8:
     """How linears compute. ``gradients`` is the format of what comes back; all else is e4m3. ``products`` of
     torch_native: of dequantised numbers, or torch's own of FP8 numbers; the same but for rounding in fp32.
 
-    The first ``bf16_first_layers`` and the last ``bf16_last_layers`` of the model keep bf16.
+    The first ``bf16_first_layers`` and the last ``bf16_last_layers`` of the model keep bf16. With
+    ``parameters`` the other layers' weights are kept in FP8, and bf16 of them nowhere.
     """
 
     recipe: Recipe = "fp8_blockwise"
@@ -28,6 +30,7 @@ class Fp8:
     products: Products = "dequantised"
     bf16_first_layers: int = 0
     bf16_last_layers: int = 0
+    parameters: bool = False
 
     def covers(self, layer: int, num_layers: int) -> bool:
         """Whether the linears of (0-based) ``layer`` run in FP8.

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 from mtrl.config import Config
-from mtrl.config_acceleration import Fp8Section, MoeSection
+from mtrl.config_acceleration import MoeSection
 from mtrl.config_check import rollout_spec
-from mtrl.model_settings import FLEX, RECIPES, backend_of, fp8_of, weights_precision
+from mtrl.fp8_rules import check_fp8
+from mtrl.model_settings import FLEX, RECIPES, backend_of, weights_precision
 from mtrl.models.backends import unsupported
 from mtrl.models.config import ModelConfig
 from mtrl.overlap_rules import check_overlap
@@ -21,7 +22,6 @@ from mtrl.rollout.fp8_weights import check_sliced, fp8_names
 
 # What `Buffer.get_dispatch_config` of DeepEP 1.2.1 has an entry for.
 _DEEPEP_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
-_WITHOUT_TE = "write model.backend=transformer_engine"
 
 
 @cache
@@ -34,7 +34,7 @@ def check_acceleration(
     config: Config, actor: ParallelSpec, model: ModelConfig, ask: Callable[[], Survey] = this_machine
 ) -> None:
     """Raise ConfigError for what is asked for and cannot work: the key, what was given, the fix."""
-    _check_fp8(config, actor, model)
+    check_fp8(config, actor, model)
     _check_dispatch(config, actor, model)
     check_overlap(config, actor, model)
     _check_backend(config, model)
@@ -76,40 +76,6 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "rollout.sleep: true", "sleep", "rollout.sleep=false"
     if _has_fp8_rollout(config):
         yield "rollout.dtype: fp8", "fp8_rollout", "rollout.dtype=bf16"
-
-
-def _check_fp8(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:
-    fp8, section = fp8_of(config), config.model.fp8
-    if fp8 is None:
-        if section != Fp8Section():
-            raise ConfigError(
-                f"model.fp8: given with model.precision {config.model.precision}, which has no FP8; write "
-                "model.precision=fp8_blockwise, or leave the section out"
-            )
-        return
-    if backend_of(config) == "torch_native" and fp8.recipe != "fp8_blockwise":
-        raise ConfigError(
-            f"model.precision: given {fp8.recipe}, but torch_native computes fp8_blockwise alone; write "
-            f"that, or {_WITHOUT_TE}"
-        )
-    kept = fp8.bf16_first_layers + fp8.bf16_last_layers
-    if kept >= model.num_layers:
-        raise ConfigError(
-            f"model.fp8: {fp8.bf16_first_layers} first and {fp8.bf16_last_layers} last layers in bf16 leave "
-            f"none of {model.num_layers} for FP8; lower them, or write model.precision=bf16"
-        )
-    most = model.num_layers // actor.attn.pp
-    if backend_of(config) != "torch_native" and max(fp8.bf16_first_layers, fp8.bf16_last_layers) > most:
-        raise ConfigError(
-            f"model.fp8: {fp8.bf16_first_layers} first and {fp8.bf16_last_layers} last layers in bf16, of "
-            f"which Megatron-Core takes at most the {most} of one of {actor.attn.pp} pipeline stages; "
-            "lower them"
-        )
-    if kept and fp8.recipe == "fp8_delayed":
-        raise ConfigError(
-            "model.fp8: bf16_first_layers and bf16_last_layers, but Megatron-Core keeps no layer in bf16 "
-            "under fp8_delayed; leave them 0, or write model.precision=fp8_blockwise"
-        )
 
 
 def _check_dispatch(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:

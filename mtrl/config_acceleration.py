@@ -33,6 +33,11 @@ class Fp8Section(Section):
     """Layers at its end that stay bf16; not with fp8_delayed. Embeddings, routers and the output layer
     always do."""
 
+    parameters: bool = False
+    """Keep the weights of these linears in FP8, with fp32 masters and no bf16 copy, and gather them in half
+    the bytes. For transformer_engine with fp8_blockwise, the distributed optimizer, and sft, since pushes
+    read bf16. Steps and checkpoints are those of bf16 weights that are quantised for each product."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSection(Section):

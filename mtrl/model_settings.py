@@ -41,6 +41,7 @@ def fp8_of(config: Config) -> Fp8 | None:
         products=section.products,
         bf16_first_layers=section.bf16_first_layers,
         bf16_last_layers=section.bf16_last_layers,
+        parameters=section.parameters,
     )
 
 

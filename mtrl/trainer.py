@@ -73,6 +73,7 @@ class Trainer:
             grad_reduce_in_fp32=config.params_dtype != torch.float64,
             use_distributed_optimizer=settings.distributed,
             overlap_grad_reduce=False,
+            fp8_param_gather=config.fp8_param,
         )
         self.chunks = [
             DistributedDataParallel(
@@ -106,6 +107,7 @@ class Trainer:
             use_gloo_process_groups=False,
             pg_collection=self.model.groups.collection,
         )
+        self.model.fp8_parameters.optimizer = self.optimizer
         config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,

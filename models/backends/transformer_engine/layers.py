@@ -48,6 +48,7 @@ def transformer_fields(config: ModelConfig, fp8: Fp8 | None) -> dict[str, Any]:
         fields |= {
             "fp8": "e4m3" if fp8.gradients == "e4m3" else "hybrid",
             "fp8_recipe": _RECIPES[fp8.recipe],
+            "fp8_param": fp8.parameters,
             "first_last_layers_bf16": bool(fp8.bf16_first_layers or fp8.bf16_last_layers),
             "num_layers_at_start_in_bf16": fp8.bf16_first_layers,
             "num_layers_at_end_in_bf16": fp8.bf16_last_layers,

@@ -89,7 +89,9 @@ class FP8GlobalStateManager:
 
 def created_quantised() -> tuple[Recipe, bool] | None:
     """Of weights that are made now: their recipe and whether what they began as is kept; None: plain ones."""
-    return (_NOW.creates_with or DelayedScaling(), _NOW.keeps_initial) if _NOW.creates_quantised else None
+    if not _NOW.creates_quantised:
+        return None
+    return _NOW.creates_with or DelayedScaling(), _NOW.keeps_initial
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformer_engine.pytorch import user_buffers
 from transformer_engine.pytorch.distributed import into_columns, out_of_rows
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 from transformer_engine.pytorch.products import fp8_linear
+from transformer_engine.pytorch.tensor import new_weight, product_weight
 
 
 class TransformerEngineBaseModule(nn.Module):
@@ -63,7 +64,7 @@ class _Parallel(TransformerEngineBaseModule):
         self._options = {"dtype": params_dtype, "device": device}
 
     def _new_weight(self) -> nn.Parameter:
-        weight = nn.Parameter(torch.empty(self.out_features, self.in_features, **self._options))
+        weight = new_weight(self.out_features, self.in_features, **self._options)
         _mark(weight, 1 if self.parallel_mode == "row" else 0)
         return weight
 
@@ -78,7 +79,7 @@ class _Parallel(TransformerEngineBaseModule):
         return bias
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor, gemm: int = 0, num_gemms: int = 1) -> Any:
-        self.fp8 = FP8GlobalStateManager.is_fp8_enabled()
+        self.fp8, weight = FP8GlobalStateManager.is_fp8_enabled(), product_weight(weight)
         is_parallel = self.tp_size > 1
         if is_parallel and self.parallel_mode == "column":
             x = into_columns(x, self.tp_group, sequence_parallel=self.sequence_parallel)

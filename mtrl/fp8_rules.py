@@ -1,0 +1,84 @@
+"""What a config asks of FP8: whether backend, recipe and model can give it, before launch.
+
+Rules between keys, which hold on any machine.
+"""
+
+from mtrl.config import Config
+from mtrl.config_acceleration import Fp8Section
+from mtrl.model_settings import backend_of, fp8_of
+from mtrl.models.config import ModelConfig
+from mtrl.models.precision import Fp8, Recipe
+from mtrl.parallel.errors import ConfigError
+from mtrl.parallel.spec import ParallelSpec
+
+_WITHOUT_TE = "write model.backend=transformer_engine"
+_NO_PARAMETERS: dict[Recipe, str] = {
+    "fp8_delayed": "whose scales of weights come from earlier steps, which no checkpoint holds",
+    "mxfp8": "whose parameters Megatron-Core gathers in bf16 over the gradients' buffer, which is not built",
+}
+
+
+def check_fp8(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:
+    """Raise ConfigError for a way of FP8 that cannot be: the key, what was given, the fix."""
+    fp8, section = fp8_of(config), config.model.fp8
+    if fp8 is None:
+        if section != Fp8Section():
+            raise ConfigError(
+                f"model.fp8: given with model.precision {config.model.precision}, which has no FP8; write "
+                "model.precision=fp8_blockwise, or leave the section out"
+            )
+        return
+    if backend_of(config) == "torch_native" and fp8.recipe != "fp8_blockwise":
+        raise ConfigError(
+            f"model.precision: given {fp8.recipe}, but torch_native computes fp8_blockwise alone; write "
+            f"that, or {_WITHOUT_TE}"
+        )
+    _check_bf16_layers(config, fp8, actor, model)
+    if fp8.parameters:
+        _check_parameters(config, fp8)
+    recomputes_norms = config.actor.recompute == "selective" and "layernorm" in config.actor.recompute_modules
+    if fp8.recipe == "fp8_delayed" and recomputes_norms:
+        raise ConfigError(
+            "actor.recompute_modules: given layernorm with model.precision fp8_delayed, under which "
+            "Megatron-Core recomputes no norms; take it out, or write model.precision=fp8_blockwise"
+        )
+
+
+def _check_bf16_layers(config: Config, fp8: Fp8, actor: ParallelSpec, model: ModelConfig) -> None:
+    kept = fp8.bf16_first_layers + fp8.bf16_last_layers
+    if kept >= model.num_layers:
+        raise ConfigError(
+            f"model.fp8: {fp8.bf16_first_layers} first and {fp8.bf16_last_layers} last layers in bf16 leave "
+            f"none of {model.num_layers} for FP8; lower them, or write model.precision=bf16"
+        )
+    most = model.num_layers // actor.attn.pp
+    if backend_of(config) != "torch_native" and max(fp8.bf16_first_layers, fp8.bf16_last_layers) > most:
+        raise ConfigError(
+            f"model.fp8: {fp8.bf16_first_layers} first and {fp8.bf16_last_layers} last layers in bf16, of "
+            f"which Megatron-Core takes at most the {most} of one of {actor.attn.pp} pipeline stages; "
+            "lower them"
+        )
+    if kept and fp8.recipe == "fp8_delayed":
+        raise ConfigError(
+            "model.fp8: bf16_first_layers and bf16_last_layers, but Megatron-Core keeps no layer in bf16 "
+            "under fp8_delayed; leave them 0, or write model.precision=fp8_blockwise"
+        )
+
+
+def _check_parameters(config: Config, fp8: Fp8) -> None:
+    reasons = {
+        f"with torch_native, whose parameters are bf16; {_WITHOUT_TE}": backend_of(config) == "torch_native",
+        f"with {fp8.recipe}, {_NO_PARAMETERS.get(fp8.recipe)}; write model.precision=fp8_blockwise": (
+            fp8.recipe in _NO_PARAMETERS
+        ),
+        "without the distributed optimizer, the only one of Megatron-Core's that has their masters; write "
+        "actor.optimizer.distributed=true": not config.actor.optimizer.distributed,
+        "with actor.optimizer.offload_fraction, which keeps other masters; write 0": (
+            config.actor.optimizer.offload_fraction > 0
+        ),
+        "with grpo, whose pushes read weights where they lie, and these lie nowhere in bf16; write "
+        "model.fp8.parameters=false": config.algorithm.name == "grpo",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"model.fp8.parameters: true {reason}")
