@@ -2,7 +2,7 @@
 
 Such a parameter has no elements of bf16 that a view could share: it is read as a copy of what its numbers
 stand for, and written whole. Its source of truth is the optimizer's fp32 master. Masters begin as the bf16
-that was loaded, not as what FP8 made of it, and a checkpoint holds them, rounded to bf16: so a run that resumes
+that was loaded, not as what FP8 made of it, and a checkpoint holds them, rounded to bf16: a run that resumes
 has the same numbers in FP8, and what other programs read of it does not depend on how it was trained.
 """
 
