@@ -29,8 +29,11 @@ REQUIRED = [
     "matplotlib>=3.9",
 ]
 EXTRAS = {
-    # The engine's private interfaces are used and tested at this version only.
-    "cuda": ["vllm==0.32.0"],
+    "cuda": [
+        # The engine's private interfaces are used and tested at this version only.
+        "vllm==0.32.0",
+        "fla-core>=0.6,<0.7",  # one kernel of its: mtrl/logprobs.py
+    ],
     # Compiles its torch part against the torch that is there: pip install --no-build-isolation '.[te]'.
     "te": ["transformer_engine[core_cu13,pytorch]==2.19.0"],
     "datasets": ["datasets>=4"],

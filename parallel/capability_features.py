@@ -6,7 +6,8 @@ from typing import Literal
 from mtrl.parallel.capability_table import Hardware, PackageName
 
 FeatureName = Literal[
-    "train", "rollout", "fused_adam", "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
+    "train", "rollout", "fused_adam", "fused_logprobs",
+    "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
     "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "bf16_moments", "host_optimizer",
     "fp8_rollout", "sleep",
 ]  # fmt: skip
@@ -28,6 +29,12 @@ FEATURES: tuple[Feature, ...] = (
     Feature(name="train", what="SFT and the trainer's half of GRPO", any_of=("megatron-core",)),
     Feature(name="rollout", what="GRPO with vLLM", any_of=("vllm",)),
     Feature(name="fused_adam", what="Adam in one kernel", any_of=("transformer-engine", "apex")),
+    Feature(
+        name="fused_logprobs",
+        what="log-probabilities in one kernel",
+        any_of=("flash-linear-attention",),
+        symbols=("fla.modules.fused_cross_entropy:cross_entropy_loss",),
+    ),
     Feature(
         name="transformer_engine",
         what="model.backend: transformer_engine",

@@ -180,9 +180,11 @@ def _flash_attn(place: torch.device) -> float:
 
 
 def _linear_attention(place: torch.device) -> float:
-    norms: Any = importlib.import_module("fla.modules.l2norm")
-    x = torch.randn(64, 128, device=place)
-    return _apart(norms.l2norm(x), torch.nn.functional.normalize(x, dim=-1))
+    fla: Any = importlib.import_module("fla.modules.fused_cross_entropy")
+    logits = torch.randn(64, 1000, device=place, dtype=torch.bfloat16)
+    targets = torch.arange(64, device=place)
+    wanted = torch.nn.functional.cross_entropy(logits.float() / 0.7, targets, reduction="none")
+    return _apart(fla.cross_entropy_loss(logits, targets, logit_scale=1 / 0.7)[0], wanted)
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -294,11 +294,15 @@ PACKAGES: tuple[Package, ...] = (
     ),
     Package(
         name="flash-linear-attention",
-        purpose="gated delta nets (Qwen3-Next); mtrl has no such family",
-        distributions=("flash-linear-attention", "fla-core"),
+        purpose="log-probabilities over a large vocabulary in one kernel; gated delta nets",
+        distributions=("fla-core", "flash-linear-attention"),
         module="fla",
         files=("ops/gated_delta_rule/__init__.py",),
-        symbols=("fla.modules.l2norm:l2norm", "fla.ops.gated_delta_rule:chunk_gated_delta_rule"),
+        symbols=(
+            "fla.modules.l2norm:l2norm",
+            "fla.modules.fused_cross_entropy:cross_entropy_loss",
+            "fla.ops.gated_delta_rule:chunk_gated_delta_rule",
+        ),
         hardware=Hardware(sm=(), or_newer=True, cuda=None, source="fla-org/flash-linear-attention: Triton"),
         sites=(
             _site(
@@ -318,8 +322,10 @@ PACKAGES: tuple[Package, ...] = (
                 None,
             ),
         ),
-        install="pip install flash-linear-attention",
-        remark="vLLM has a copy of its own (vllm/third_party/flash_linear_attention)",
+        direct=True,
+        install="pip install '.[cuda]', or pip install fla-core==0.6.0",
+        remark="mtrl calls versions 0.6 alone (mtrl/logprobs.py); vLLM has a copy of its own "
+        "(vllm/third_party/flash_linear_attention)",
     ),
     Package(
         name="vllm",

@@ -115,7 +115,7 @@ def differ_from_megatron(settings: list[list[Any]]) -> dict[str, bool]:
     for (precision, padding, temperature), rows_bytes in itertools.product(settings, (2**26, 2 * SHARE * 4)):
         if padding >= SHARE * dist.get_world_size():
             continue
-        mtrl.logprobs.ROWS_BYTES = rows_bytes
+        mtrl.logprobs.ROWS_BYTES["cpu"] = rows_bytes
         ours = computed(precision, padding, temperature, "mtrl.logprobs")
         theirs = by_megatron(precision, padding, temperature)
         name = f"{precision} {padding} {temperature} {rows_bytes}"
@@ -203,7 +203,7 @@ class Sizes(TorchDispatchMode):
 
 
 def largest_copy() -> int:
-    mtrl.logprobs.ROWS_BYTES = 4 * SHARE * 4
+    mtrl.logprobs.ROWS_BYTES["cpu"] = 4 * SHARE * 4
     with Sizes() as sizes:
         computed("bf16", 7, 0.7, "mtrl.logprobs")
     drawing = Sizes()
