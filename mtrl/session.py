@@ -13,6 +13,7 @@ from torch import Tensor
 from mtrl.batch import Sample
 from mtrl.checkpoint.folder import step_path
 from mtrl.checkpoint.format import PhaseName, RunState
+from mtrl.checkpoint.fp8_scales import restore_scales
 from mtrl.checkpoint.load import restore_generators, restore_optimizer
 from mtrl.checkpoint.optimizer_state import OptimizerState
 from mtrl.checkpoint.reference import save_reference
@@ -202,7 +203,15 @@ class Session:
             f"of epoch {state.epoch}; random generators: {'restored' if same_layout else 'seeded anew'}"
         )
         if self.job.config.model.precision == "fp8_delayed":
-            self.progress.message("the scales of fp8_delayed are in no checkpoint; their history begins anew")
+            restored = restore_scales(self.model, resumed.checkpoint, state)
+            self.progress.message(
+                "scales of fp8_delayed: "
+                + (
+                    "restored"
+                    if restored
+                    else "none of this layout in the checkpoint; their history begins anew"
+                )
+            )
 
     def reference_weights(self) -> list[Tensor]:
         """The weights at the first rollout, for the KL penalty."""

@@ -54,7 +54,7 @@ PhaseName = Literal["warm_start", "main"]
 
 
 def rank_file(kind: str, rank: int, world_size: int) -> str:
-    """Name of a rank's file of a kind, ``optimizer`` or ``rng``.
+    """Name of a rank's file of a kind, ``optimizer``, ``rng`` or ``fp8``.
 
     >>> rank_file("rng", 3, 8)
     'training/rng-00003-of-00008.safetensors'

@@ -27,6 +27,7 @@ from mtrl.checkpoint.format import (
     json_bytes,
     rank_file,
 )
+from mtrl.checkpoint.fp8_scales import KIND, scale_tensors
 from mtrl.checkpoint.optimizer_state import OptimizerState
 from mtrl.checkpoint.rng import rng_tensors
 from mtrl.models.builder import Model
@@ -61,6 +62,8 @@ def write_contents(contents: Contents, out: FileSink) -> None:
         owned = OptimizerState.of(model, contents.optimizer).owned()
         _write_tensors(out, rank_file("optimizer", rank, world_size), owned)
     _write_tensors(out, rank_file("rng", rank, world_size), rng_tensors())
+    if scales := scale_tensors(model):
+        _write_tensors(out, rank_file(KIND, rank, world_size), scales)
     if rank == 0:
         for name in COPIED_FILES:
             if (contents.tokenizer / name).is_file():

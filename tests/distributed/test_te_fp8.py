@@ -208,7 +208,8 @@ def alone_products(sizes: list[int]) -> Found:
             y = linear(x)
         y.sum().backward()
         errors.append(float((y - exact).norm() / exact.norm()))
-    scales = {name: state.scale.tolist() for name, state in linear.fp8_states.items()}
+    names = {"forward": "scaling_fwd", "backward": "scaling_bwd"}
+    scales = {name: linear.fp8_meta[key].scale.tolist() for name, key in names.items()}
     return {**found, "errors": errors, "scales": scales, "largest": float(x.abs().max())}
 
 

@@ -117,15 +117,17 @@ def fp8_autocast(
         update_delayed("forward", fp8_group)
 
 
-def delayed_state(
-    states: dict[str, DelayedState], recipe: DelayedScaling, num_tensors: int, direction: str
-) -> DelayedState:
-    """A module's scales, made at its first pass, and noted for the next update."""
-    form = "e4m3" if direction == "forward" else recipe.fp8_format.gradients
-    if direction not in states:
-        states[direction] = DelayedState(recipe, num_tensors, form)
-    _NOW.seen[direction].setdefault(id(states[direction]), states[direction])
-    return states[direction]
+def make_states(meta: dict[str, Any], num_gemms: int) -> None:
+    """A module's scales: of its inputs, weights and outputs, and of the gradients of outputs and inputs."""
+    recipe = meta["recipe"]
+    if "scaling_fwd" not in meta:
+        meta["scaling_fwd"] = DelayedState(recipe, 3 * num_gemms, "e4m3")
+        meta["scaling_bwd"] = DelayedState(recipe, 2 * num_gemms, recipe.fp8_format.gradients)
+
+
+def noted(state: DelayedState, direction: str) -> DelayedState:
+    """``state``, to be renewed at the next update."""
+    return _NOW.seen[direction].setdefault(id(state), state)
 
 
 def update_delayed(direction: str, group: Any) -> None:

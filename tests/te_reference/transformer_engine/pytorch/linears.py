@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from transformer_engine.pytorch import user_buffers
 from transformer_engine.pytorch.distributed import into_columns, out_of_rows
-from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, make_states
 from transformer_engine.pytorch.products import fp8_linear
 from transformer_engine.pytorch.tensor import new_weight, product_weight
 
@@ -32,7 +32,6 @@ class TransformerEngineBaseModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
-        self.fp8_states: dict[str, Any] = {}
 
     def get_extra_state(self) -> Tensor:
         assert not self.fp8, "the reference pickles nothing"
@@ -41,7 +40,12 @@ class TransformerEngineBaseModule(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         assert state is None or state.numel() == 0, "the reference has no FP8 state"
 
-    def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """Make the scales that the recipe which is on wants kept, unless they are there."""
+        if FP8GlobalStateManager.is_fp8_enabled():
+            self.fp8_meta["recipe"] = FP8GlobalStateManager.get_fp8_recipe()
+            if self.fp8_meta["recipe"].delayed():
+                make_states(self.fp8_meta, num_gemms)
 
 
 class _Parallel(TransformerEngineBaseModule):
@@ -80,6 +84,7 @@ class _Parallel(TransformerEngineBaseModule):
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor, gemm: int = 0, num_gemms: int = 1) -> Any:
         self.fp8, weight = FP8GlobalStateManager.is_fp8_enabled(), product_weight(weight)
+        self.init_fp8_metadata(num_gemms)
         is_parallel = self.tp_size > 1
         if is_parallel and self.parallel_mode == "column":
             x = into_columns(x, self.tp_group, sequence_parallel=self.sequence_parallel)

@@ -32,7 +32,7 @@ def fp8_linear(x: Tensor, weight_OK: Tensor, module: Any, gemm: int, num_gemms: 
     if recipe.float8_block_scaling():
         return block_linear(x, weight_OK, Fp8(gradients=_gradients(recipe)))
     flat_TK = x.reshape(-1, x.shape[-1])
-    ways = _mx_ways(recipe) if recipe.mxfp8() else _delayed_ways(recipe, module, gemm, num_gemms)
+    ways = _mx_ways(recipe) if recipe.mxfp8() else _delayed_ways(module, gemm, num_gemms)
     y_TO: Tensor = _Fp8Linear.apply(flat_TK, weight_OK, *ways)  # type: ignore[no-untyped-call]
     return y_TO.view(*x.shape[:-1], weight_OK.shape[0])
 
@@ -60,16 +60,15 @@ def _mx_ways(recipe: Any) -> _Ways:
     return forwards, forwards, backwards, None
 
 
-def _delayed_ways(recipe: Any, module: Any, gemm: int, num_gemms: int) -> _Ways:
+def _delayed_ways(module: Any, gemm: int, num_gemms: int) -> _Ways:
     state.check_not_recomputed()
-    forwards = state.delayed_state(module.fp8_states, recipe, 3 * num_gemms, "forward")
+    forwards = state.noted(module.fp8_meta["scaling_fwd"], "forward")
     group, is_last = state.FP8GlobalStateManager.get_fp8_group(), False
     if torch.is_grad_enabled():
         is_last = state.FP8GlobalStateManager.is_first_fp8_module()
 
     def backwards(x: Tensor) -> Tensor:
-        found = state.delayed_state(module.fp8_states, recipe, 2 * num_gemms, "backward")
-        return _per_tensor(found, gemm)(x)
+        return _per_tensor(state.noted(module.fp8_meta["scaling_bwd"], "backward"), gemm)(x)
 
     def finish() -> None:
         state.update_delayed("backward", group)
