@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mtrl.models.precision import Fp8
+from mtrl.parallel.spec import parse_training_spec
 from tests.distributed.router_runs import whole_weights
 from tests.distributed.test_fp8_layouts import LOSS, LR, SIZES, UPDATE, Found, distance, samples
 from tests.distributed.toy_runs import each_case, load_toy, open_trainer
@@ -92,7 +93,7 @@ def train(
 
 def run(world: World, toy: Path, *, spec: str, ways: list[str], **arguments: Any) -> list[Found]:
     cases = [[spec, 1, way, way] for way in ways]
-    size = 1 if spec == ALONE else 2
+    size = parse_training_spec(spec).world_size
     return world.run(train, {"folder": str(toy), "cases": cases, **arguments}, size=size, timeout_s=240.0)
 
 
@@ -140,6 +141,16 @@ def test_tokens_of_experts_are_padded_and_the_step_stays(shared: list[Found], st
     counts = [count for rank in shared for count in pair(rank, "e4m3")[0]["counts"]]
     assert [count for count in counts if count % 16], counts
     same_step(*pair(shared[0], "e4m3"), start)
+
+
+@pytest.mark.parametrize(
+    ("spec", "way"),
+    [("megatron:p2", "ends in bf16"), pytest.param("megatron:t2", "e4m3", marks=pytest.mark.one_stack)],
+)
+def test_a_step_over_stages_and_cut_linears_is_that_of_torch_native(
+    te_world: World, toy: Path, start: Any, spec: str, way: str
+) -> None:
+    same_step(*pair(run(te_world, toy, spec=spec, ways=[way], **BOTH)[0], way), start)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED)
