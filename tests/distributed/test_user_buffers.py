@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from mtrl.models.precision import Fp8
+from tests.distributed.test_fp8_layouts import SIZES
 from tests.distributed.toy_runs import MAX_TOKENS, batch, each_case, load_toy, microbatches, samples
 from tests.distributed.world import World
 from tests.family_toys import build_family_toy
 from tests.family_toys import save as save_toy
+from tests.toys import build_toy, write_weights
 
 pytestmark = pytest.mark.one_stack
 
@@ -21,6 +24,11 @@ CASES = (
     ("megatron:(attn:t2|ffn:e2)", "glm4 moe"),  # shared experts, a dense layer
     ("megatron:(attn:t2c2|ffn:e4)", "qwen3 moe"),
 )
+FP8 = {
+    "delayed": Fp8(recipe="fp8_delayed", gradients="e5m2"),
+    "mxfp8": Fp8(recipe="mxfp8"),
+    "mxfp8 and bf16": Fp8(recipe="mxfp8", bf16_first_layers=1),
+}
 SHORT = [3, 5]
 """Tokens of a batch that would fill a fraction of a row."""
 
@@ -48,6 +56,25 @@ def runs(folder: str, spec: str, toy: str) -> dict[str, Any]:
             with user_buffers(config, groups, row_length=2 * row_length(model, MAX_TOKENS)):
                 found["of another length"] = refusal(model)
             found["before there are any"] = refusal(model)
+    return found
+
+
+def fp8_runs(folder: str) -> dict[str, Any]:
+    """On a rank, by FP8 recipe: what `train` finds with and without overlap, and the buffers' kinds."""
+    from transformer_engine.pytorch import user_buffers as reference
+
+    from mtrl.models.backends.transformer_engine.user_buffers import user_buffers
+    from mtrl.policy import row_length
+
+    found: dict[str, Any] = {}
+    for groups, _, recipe, _ in each_case([["megatron:t2", 1, each, each] for each in FP8]):
+        options = {"fp8": FP8[recipe], "precision": "bf16", "backend": "transformer_engine"}
+        plain = train(load_toy(groups, 1, Path(folder) / "toy", **options))
+        model = load_toy(groups, 1, Path(folder) / "toy", tp_comm_overlap=True, **options)
+        length = row_length(model, MAX_TOKENS)
+        with user_buffers(model.transformer_config, groups, row_length=length):
+            kinds = sorted(kind.value for kind in reference._buffers.modes)
+            found[recipe] = {"without": plain, "with": train(model), "kinds": kinds}
     return found
 
 
@@ -136,3 +163,22 @@ def test_rows_of_another_length_or_no_buffers_are_told(found: list[dict[str, Any
     for rank in found:
         assert "but the user buffers are" in rank["of another length"]
         assert "initialize_ub comes before the first product" in rank["before there are any"]
+
+
+@pytest.fixture(scope="module")
+def in_fp8(te_world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("fp8")
+    write_weights(build_toy("dense", seed=5, **SIZES), folder / "toy")
+    found: list[dict[str, Any]] = te_world.run(fp8_runs, {"folder": str(folder)}, size=2)
+    return found
+
+
+@pytest.mark.parametrize("recipe", FP8)
+def test_fp8_travels_in_buffers_of_its_own(in_fp8: list[dict[str, Any]], recipe: str) -> None:
+    for rank in in_fp8:
+        found = rank[recipe]
+        assert found["kinds"] == (["fp8", "none"] if recipe == "mxfp8 and bf16" else ["fp8"])
+        (length,) = found["with"]["lengths"]
+        # Each rank's half: what the buffers ask of mxfp8, and products of FP8 in general.
+        assert length % 2 == 0 and length // 2 % (16 if recipe == "delayed" else 128) == 0
+        assert found["with"]["losses"] == pytest.approx(found["without"]["losses"], rel=1e-2)
