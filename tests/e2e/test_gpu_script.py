@@ -56,6 +56,9 @@ def test_everything_that_a_cpu_can_run_has_run(report: dict[str, Any]) -> None:
     assert rows_of(report, "fp8", "done") == {
         f"{path} {shape}" for path in ("reference", "block_sums") for shape in KERNEL_SHAPES
     }
+    assert rows_of(report, "fused", "done") == {
+        "log-probabilities megatron", "log-probabilities mtrl.logprobs", "rotation megatron",
+    }  # fmt: skip
     assert rows_of(report, "push", "done") == {"experts stacked", "experts one by one"}
 
 
@@ -101,6 +104,8 @@ def test_the_reference_of_fp8_is_within_the_format_and_pushed_copies_are_equal(
     assert set(report["summary"]["fp8"]) == {"reference", "block_sums"}
     assert all(fact["within_bound"] for fact in report["summary"]["fp8"].values())
     assert 0.1 < report["summary"]["fp8"]["reference"]["of_bound"] <= 1
+    # The same arithmetic in the same order.
+    assert report["stages"]["fused"]["log-probabilities mtrl.logprobs"]["differs_by"] == 0.0
     for row in report["stages"]["push"].values():
         assert row["equal"] and row["fused_copies"] < row["copies"] and row["engine"] == "no engine"
 
@@ -109,7 +114,8 @@ def test_the_page_holds_every_stage_and_every_reason(written: Path) -> None:
     page = (written / "gpu.md").read_text()
     titles = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
-        "Ceiling", "Parity", "Training steps", "FP8 kernels", "Copies of a push", "What did not run",
+        "Ceiling", "Parity", "Training steps", "FP8 kernels", "Fused kernels", "Copies of a push",
+        "What did not run",
     ]  # fmt: skip
     assert "no GPU: this only tries the script" in page
     report = json.loads((written / "gpu.json").read_text())
@@ -151,7 +157,7 @@ def test_the_size_grows_with_the_memory_and_stays_within_its_share_of_it() -> No
     assert weights == sorted(set(weights))
     # On an H200, most of it.
     assert gpu_sizes.estimate_bytes(size, way, fused_adam=False) > 0.7 * free
-    with pytest.raises(ConfigError, match=r"2\.0 GB are free, .* needs 26\.6 GB"):
+    with pytest.raises(ConfigError, match=r"2\.0 GB are free, .* needs 21\.9 GB"):
         gpu_sizes.filling(2 * 10**9)
 
 

@@ -4,6 +4,7 @@
     parity    losses of five steps on the GPU against the same on the CPU, both backends, fp32, bf16, FP8
     steps     training steps of a Qwen3-MoE that fills the card, beside transformers' model on the same work
     fp8       linears in FP8 blocks against float64, the format's bound and our reference
+    fused     log-probabilities and rotary positions by each kernel: time and memory
     push      the copies of a push, without an engine
     survey    every accelerated package: is it there, what stands in its way
 
@@ -36,9 +37,9 @@ if __package__ in (None, "") and str(ROOT) not in sys.path:
 from mtrl.parallel.capabilities import Survey, survey  # noqa: E402
 from mtrl.tools.bench import gpu_page  # noqa: E402
 
-STAGES = ("survey", "ceiling", "parity", "steps", "fp8", "push")
+STAGES = ("survey", "ceiling", "parity", "steps", "fp8", "fused", "push")
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine")
-LIMITS_S = {"ceiling": 60.0, "parity": 75.0, "steps": 90.0, "fp8": 75.0, "push": 60.0}
+LIMITS_S = {"ceiling": 60.0, "parity": 75.0, "steps": 90.0, "fp8": 75.0, "fused": 60.0, "push": 60.0}
 """Of one process; the slowest imports take a quarter of it."""
 PARITY = ("torch_native fp32", "torch_native bf16", "torch_native fp8_blockwise")
 TE_PARITY = ("transformer_engine bf16", "transformer_engine fp8_blockwise")
@@ -107,8 +108,13 @@ def run_child(options: argparse.Namespace) -> None:
         ways=[gpu_sizes.Way.parse(text) for text in options.ways],
         tiny=options.size == "tiny",
     )
+    run = gpu_stages.STAGES.get(stage)
+    if run is None:
+        from mtrl.tools.bench import gpu_fused  # which imports Megatron
+
+        run = gpu_fused.fused
     with Path(file).open("a") as out:
-        for name, row in gpu_stages.STAGES[stage](context):
+        for name, row in run(context):
             out.write(json.dumps([name, row]) + "\n")
             out.flush()
 

@@ -23,6 +23,7 @@ def summary(stages: dict[str, Rows]) -> dict[str, Any]:
         "parity": parity(done(stages.get("parity", {}))),
         "steps": steps(done(stages.get("steps", {})), ceiling),
         "fp8": kernels(done(stages.get("fp8", {}))),
+        "fused": fused(done(stages.get("fused", {}))),
         "push": {
             name: {"of_copy_bandwidth": row["bytes_per_s"] / ceiling["copy"]["bytes_per_s"]}
             for name, row in done(stages.get("push", {})).items()
@@ -82,6 +83,16 @@ def kernels(rows: Rows) -> dict[str, dict[str, Any]]:
     return found
 
 
+def fused(rows: Rows) -> dict[str, dict[str, Any]]:
+    """How many times faster each kernel is than Megatron's operations for the same."""
+    plain = {name.split()[0]: row["seconds"] for name, row in rows.items() if name.endswith(" megatron")}
+    return {
+        name: {"times_megatron": plain[name.split()[0]] / row["seconds"]}
+        for name, row in rows.items()
+        if name.split()[0] in plain
+    }
+
+
 def page(report: dict[str, Any]) -> str:
     """The page, from the content of ``gpu.json``."""
     facts = report["about"]
@@ -96,7 +107,7 @@ def page(report: dict[str, Any]) -> str:
     stages, found = report["stages"], report["summary"]
     if facts["gpu"]:
         lines += _asked(found)
-    for write in (_ceiling, _parity, _steps, _kernels, _push):
+    for write in (_ceiling, _parity, _steps, _kernels, _fused, _push):
         lines += write(stages, found)
     lines += _obstacles(stages)
     return "\n".join([*lines, ""])
@@ -196,6 +207,19 @@ def _kernels(stages: dict[str, Rows], found: dict[str, Any]) -> list[str]:
         for path, fact in found["fp8"].items()
     ]
     return _table("FP8 kernels", says, "path | of the bound | from the reference", rows)
+
+
+def _fused(stages: dict[str, Rows], found: dict[str, Any]) -> list[str]:
+    says = (
+        "A row of 8,192 tokens of Qwen3-30B-A3B in bf16, forward and backward. Memory is what is taken "
+        "beyond logits, queries and keys; differences are from Megatron's operations."
+    )
+    rows = [
+        f"{name} | {row['seconds'] * 1e3:.2f} | {found['fused'][name]['times_megatron']:.2f} | "
+        f"{row.get('extra_bytes', 0) / 1e9:.2f} | {row['differs_by']:.1e}"
+        for name, row in done(stages.get("fused", {})).items()
+    ]
+    return _table("Fused kernels", says, "what, by | ms | x Megatron | GB | differs by", rows)
 
 
 def _push(stages: dict[str, Rows], found: dict[str, Any]) -> list[str]:

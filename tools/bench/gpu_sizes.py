@@ -146,7 +146,8 @@ def estimate_bytes(size: Size, way: Way, *, fused_adam: bool) -> int:
     Activations per token are what autograd keeps of torch_native, counted with ``saved_tensors_hooks``. A
     layer: in the weights' dtype 2 F (linears' inputs), 3 (H + G) D (queries, keys, values, output) and
     K (F + 5 J) (experts); in fp32 4 F (norms) and 2 (H + G) D (norms of queries and keys); 10 bytes an expert
-    (router). Besides, 20 bytes a logit, and one layer's K (4 F + 6 J) gradients.
+    (router). Besides, logits and their gradient (mtrl/logprobs.py) and one layer's K (4 F + 6 J) gradients,
+    in the weights' dtype.
     """
     per_weight = 16 if way.precision == "fp32" else 18
     if way.precision.startswith("fp8"):
@@ -157,6 +158,6 @@ def estimate_bytes(size: Size, way: Way, *, fused_adam: bool) -> int:
     layer = itemsize * (2 * hidden + 3 * heads + size.top_k * (hidden + 5 * expert))
     layer += 4 * (4 * hidden + 2 * heads) + 10 * size.num_experts
     gradients = itemsize * size.top_k * (4 * hidden + 6 * expert)
-    per_token = size.num_layers * layer + 8 * hidden + 20 * size.vocab_size + gradients
+    per_token = size.num_layers * layer + 8 * hidden + 2 * itemsize * size.vocab_size + gradients
     adam = 0 if fused_adam else 4 * size.num_weights
     return per_weight * size.num_weights + max(size.row_tokens * per_token, adam)
