@@ -10,7 +10,7 @@ from functools import cache
 from mtrl.config import Config
 from mtrl.config_acceleration import MoeSection
 from mtrl.config_check import rollout_spec
-from mtrl.fp8_rules import check_fp8
+from mtrl.fp8_rules import check_fp8, check_fp8_widths
 from mtrl.model_settings import FLEX, RECIPES, backend_of, weights_precision
 from mtrl.models.backends import unsupported
 from mtrl.models.config import ModelConfig
@@ -41,6 +41,7 @@ def check_acceleration(
     _check_fp8_rollout(config, model)
     _check_memory(config)
     _check_optimizer(config)
+    check_fp8_widths(config, actor, model)
     is_native = backend_of(config) == "torch_native"
     if is_native and config.model.fp8.products == "scaled_mm" and ask().machine.gpu is not None:
         raise ConfigError(

@@ -3,6 +3,8 @@
 Rules between keys, which hold on any machine.
 """
 
+from collections.abc import Iterator
+
 from mtrl.config import Config
 from mtrl.config_acceleration import Fp8Section
 from mtrl.model_settings import backend_of, fp8_of
@@ -42,6 +44,46 @@ def check_fp8(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:
             "actor.recompute_modules: given layernorm with model.precision fp8_delayed, under which "
             "Megatron-Core recomputes no norms; take it out, or write model.precision=fp8_blockwise"
         )
+
+
+def check_fp8_widths(config: Config, actor: ParallelSpec, model: ModelConfig) -> None:
+    """Raise ConfigError where a rank's share of a linear is of a width that Transformer Engine's products in
+    FP8 do not take.
+    """
+    fp8 = fp8_of(config)
+    if fp8 is None or backend_of(config) == "torch_native":
+        return
+    multiple = 32 if fp8.recipe == "mxfp8" else 16
+    for name, size, axis, num_ranks in _widths(model, actor):
+        if size % (multiple * num_ranks):
+            share = f"{size / num_ranks:g} on each of {num_ranks} ranks of {axis}" if num_ranks > 1 else size
+            raise ConfigError(
+                f"model.precision: given {fp8.recipe} for a model whose {name} is {share}, but products in "
+                f"FP8 take multiples of {multiple}; write model.precision=bf16, or another layout"
+            )
+
+
+def _widths(model: ModelConfig, actor: ParallelSpec) -> Iterator[tuple[str, int, str, int]]:
+    """What linears of layers take and give: name, size, the axis that cuts it and its number of ranks."""
+    tp, etp, moe, mla = actor.attn.tp, actor.ffn.etp, model.moe, model.mla
+    yield "hidden_size", model.hidden_size, "attn.tp", 1
+    if mla is not None:
+        heads = model.num_attention_heads
+        yield "q_lora_rank", mla.query_rank or 0, "attn.tp", 1
+        yield "kv_lora_rank", mla.kv_rank, "attn.tp", 1
+        yield "kv_lora_rank + qk_rope_head_dim", mla.kv_rank + mla.rope_dim, "attn.tp", 1
+        yield "width of all queries", heads * (mla.nope_dim + mla.rope_dim), "attn.tp", tp
+        yield "width of all keys and values", heads * (mla.nope_dim + mla.value_dim), "attn.tp", tp
+        yield "width of all heads", heads * mla.value_dim, "attn.tp", tp
+    else:
+        heads = model.num_attention_heads + 2 * model.num_kv_heads
+        yield "width of all heads", model.num_attention_heads * model.head_dim, "attn.tp", tp
+        yield "width of all queries, keys and values", heads * model.head_dim, "attn.tp", tp
+    if len(model.moe_layers) < model.num_layers:
+        yield "intermediate_size", model.intermediate_size, "attn.tp", tp
+    if moe is not None:
+        yield "experts' width", moe.expert_hidden_size, "ffn.etp", etp
+        yield "shared experts' width", moe.shared_hidden_size, "attn.tp", tp
 
 
 def _check_bf16_layers(config: Config, fp8: Fp8, actor: ParallelSpec, model: ModelConfig) -> None:

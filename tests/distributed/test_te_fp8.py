@@ -206,7 +206,7 @@ def alone_products(sizes: list[int]) -> Found:
     x = torch.randn(tokens, inputs, generator=generator).requires_grad_()
     linear = te.Linear(inputs, outputs, bias=False, params_dtype=torch.float32, device="cpu")
     with torch.no_grad():
-        linear.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(9))
+        linear.weight.normal_(0, 0.005, generator=torch.Generator().manual_seed(9))
     exact = (x @ linear.weight.T).detach()
     blocks = Blocks(rows=1, columns=32)
     bound = product_bound(x, error_bound(x, blocks), linear.weight, error_bound(linear.weight, blocks))
@@ -232,6 +232,6 @@ def test_a_product_in_mxfp8_is_within_its_bound_and_delayed_scales_are_of_all_ra
         inputs, *_ = rank["scales"]["forward"]
         assert inputs == pytest.approx(448 / largest, rel=1e-6)
         assert rank["scales"]["backward"][0] == 57344
-        # At first nothing is known of the tensors, and weights of 0.02 are among e4m3's subnormal numbers.
-        assert rank["errors"][1] < 0.04 < rank["errors"][0] < 0.2
+        # At first nothing is known of the tensors, and weights of 0.005 are among e4m3's subnormal numbers.
+        assert rank["errors"][1] < 0.04 < 0.1 < rank["errors"][0] < 0.15
     assert ranks[0]["scales"] == ranks[1]["scales"]

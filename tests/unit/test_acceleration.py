@@ -33,6 +33,11 @@ OVERLAP = "actor.moe.overlap_expert_communication=true"
 SHARED = "actor.moe.shared_expert_overlap=true"
 BUFFERS = "actor.tp_comm_overlap=true"
 OFFLOADED = "actor.optimizer.offload_fraction=0.5"
+# Widths that products in FP8 take, over two ranks too.
+WIDE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "moe_intermediate_size": 64,
+}  # fmt: skip
 T2 = "actor.backend=megatron:(attn:t2|ffn:e2)"
 P2 = "actor.backend=megatron:(attn:d2p2|ffn:p2e2)"
 
@@ -43,8 +48,8 @@ def model() -> ModelConfig:
     return config_of("glm4 moe")
 
 
-def config_of(toy: str) -> ModelConfig:
-    made: Any = build_family_toy(toy, seed=0)
+def config_of(toy: str, **sizes: Any) -> ModelConfig:
+    made: Any = build_family_toy(toy, seed=0, **sizes)
     fields = made.config.to_dict() | {"architectures": [type(made).__name__]}
     return family_of(fields).read_config(fields)
 
@@ -256,10 +261,8 @@ def test_what_this_machine_lacks_is_refused_in_the_words_of_the_survey(
 
 
 @pytest.mark.parametrize("recipe", ["fp8_blockwise", "fp8_delayed", "mxfp8"])
-def test_each_recipe_of_transformer_engine_is_asked_for_by_name(
-    tmp_path: Path, model: ModelConfig, recipe: str
-) -> None:
-    given = config(tmp_path, TE, f"model.precision={recipe}")
+def test_each_recipe_of_transformer_engine_is_asked_for_by_name(tmp_path: Path, recipe: str) -> None:
+    given, model = config(tmp_path, TE, f"model.precision={recipe}"), config_of("glm4 moe", **WIDE)
     lacking = replace(able(), features=able().features | {recipe: "needs a GPU, found none"})
     with pytest.raises(ConfigError, match=f"{recipe}, which cannot be had here: needs a GPU"):
         check_acceleration(given, actor_spec(given), model, lambda: lacking)

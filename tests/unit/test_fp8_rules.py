@@ -9,7 +9,7 @@ from mtrl.config_check import actor_spec
 from mtrl.config_load import load_config
 from mtrl.model_settings import fp8_of
 from mtrl.parallel.errors import ConfigError
-from tests.unit.test_acceleration import TE, able, config, config_of
+from tests.unit.test_acceleration import TE, WIDE, able, config, config_of
 
 BLOCKS, KEPT = "model.precision=fp8_blockwise", "model.fp8.parameters=true"
 RULES: dict[str, tuple[list[str], str]] = {
@@ -55,6 +55,31 @@ def test_what_no_machine_can_do_in_fp8_is_refused(tmp_path: Path, case: str) -> 
     assert message in str(caught.value)
 
 
+NARROW: dict[str, tuple[dict[str, int], str, str, str]] = {
+    "hidden": ({"hidden_size": 72}, "d2", "fp8_blockwise", "hidden_size is 72, but products in FP8 take"),
+    "mlp": ({"intermediate_size": 48}, "t2", "fp8_delayed", "is 24 on each of 2 ranks of attn.tp"),
+    "experts": ({"moe_intermediate_size": 48}, "(attn:d2|ffn:t2)", "fp8_blockwise", "width is 24 on each of"),
+    "mxfp8": ({"moe_intermediate_size": 48}, "d2", "mxfp8", "48, but products in FP8 take multiples of 32"),
+    "heads": ({"head_dim": 8}, "t2", "mxfp8", "width of all heads is 16 on each of 2"),
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_widths_that_products_in_fp8_do_not_take_are_refused(tmp_path: Path, case: str) -> None:
+    sizes, layout, precision, message = NARROW[case]
+    given = config(tmp_path, TE, f"model.precision={precision}", f"actor.backend=megatron:{layout}")
+    with pytest.raises(ConfigError) as caught:
+        check_acceleration(given, actor_spec(given), config_of("glm4 moe", **WIDE | sizes), able)
+    assert message in str(caught.value)
+    check_acceleration(given, actor_spec(given), config_of("glm4 moe", **WIDE), able)
+
+
+def test_latent_attention_has_widths_of_its_own(tmp_path: Path) -> None:
+    given = config(tmp_path, TE, BLOCKS)
+    with pytest.raises(ConfigError, match="q_lora_rank is 28, but products in FP8 take multiples of 16"):
+        check_acceleration(given, actor_spec(given), config_of("deepseek v3", hidden_size=64), able)
+
+
 def test_no_push_reads_parameters_in_fp8(tmp_path: Path) -> None:
     (tmp_path / "rl.yaml").write_text(RL)
     given = load_config(tmp_path / "rl.yaml", (TE, BLOCKS, KEPT))
@@ -64,6 +89,6 @@ def test_no_push_reads_parameters_in_fp8(tmp_path: Path) -> None:
 
 def test_parameters_in_fp8_are_had_where_they_can_be(tmp_path: Path) -> None:
     given = config(tmp_path, TE, BLOCKS, KEPT)
-    check_acceleration(given, actor_spec(given), config_of("glm4 moe"), able)
+    check_acceleration(given, actor_spec(given), config_of("glm4 moe", **WIDE), able)
     fp8 = fp8_of(given)
     assert fp8 is not None and fp8.parameters
