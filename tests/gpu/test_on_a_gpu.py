@@ -22,7 +22,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The script's stages that hold laws, in small, on the GPU."""
     folder = tmp_path_factory.mktemp("gpu")
     files = ["--json", str(folder / "gpu.json"), "--page", str(folder / "gpu.md")]
-    arguments = ["--size", "tiny", "--limit-s", str(LIMIT_S), "--stages", "parity", "fp8", "push", *files]
+    arguments = ["--size", "tiny", "--limit-s", str(LIMIT_S), "--stages", "parity", "fp8", "fused", "push"]
+    arguments += files
     assert gpu.main(arguments) == 0
     found: dict[str, Any] = json.loads((folder / "gpu.json").read_text())
     return found
@@ -63,6 +64,19 @@ def test_fp8_products_stay_within_the_bound_of_the_format(report: dict[str, Any]
         assert products and all(product["of_bound"] <= 1 for product in products), row
         # One number's rounding, which is far above bf16's of results and sums that go another way.
         assert all(product["from_reference"] <= 2**-4 for product in products), row
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        # float32 holds log-probabilities of 30 to 2e-6; bf16 results of 6 to 2^-6.
+        ("log-probabilities mtrl.logprobs", 1e-5),
+        ("log-probabilities fla.modules.fused_cross_entropy", 1e-5),
+        ("rotation torch.compile", 0.05),
+    ],
+)
+def test_a_fused_kernel_gives_megatrons_numbers(report: dict[str, Any], name: str, tolerance: float) -> None:
+    assert ran(report["stages"]["fused"][name])["differs_by"] < tolerance
 
 
 def test_pushed_copies_are_equal_on_the_device(report: dict[str, Any]) -> None:
