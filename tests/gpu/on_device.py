@@ -3,15 +3,17 @@
 A process that has used CUDA cannot fork others that do, and other tests fork.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mtrl.checkpoint.optimizer_state import OptimizerState
 from mtrl.memory import HostCopy
 from mtrl.parallel.device import current_device
 from mtrl.tools.bench import gpu_model, gpu_sizes
@@ -69,6 +71,35 @@ def trainer_host_copies() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def host_steps() -> dict[str, Any]:
+    """Losses of three steps by the share of the optimizer that the host steps; elements of masters and
+    moments on the host, in all, and those that are offloaded between phases; bytes in use of the device.
+    """
+    groups = gpu_model.alone()
+    way = gpu_sizes.Way(side="torch_native", precision="bf16")
+    found: dict[str, Any] = {}
+    for fraction in (0.0, 0.5, 1.0):
+        opened = gpu_model.open_mtrl(gpu_sizes.TINY, way, groups, like_everywhere=True)
+        trainer = opened.trainer
+        assert trainer is not None
+        trainer.settings = replace(trainer.settings, offload_fraction=fraction)
+        trainer.start_phase(total_steps=1000, lr=trainer.settings.lr, warmup_steps=0)
+        losses = [opened.step() for _ in range(3)]
+        shards = OptimizerState.of(trainer.model, trainer.optimizer).shards
+        state = [each for shard in shards for each in shard.tensors().values()]
+        found[str(fraction)] = {
+            "losses": losses,
+            "host": sum(each.numel() for each in state if each.device.type == "cpu"),
+            "all": sum(each.numel() for each in state),
+            "on device": torch.cuda.memory_allocated(),
+            # One for each; counts of steps have no dims.
+            "held": sum({e.data_ptr(): e.numel() for e in trainer.held("optimizer") if e.dim()}.values()),
+        }
+        del opened, trainer, shards, state
+        gc.collect()
+    return found
+
+
 def groups_of_one() -> dict[str, Any]:
     """Every collective on every group of one rank; which backend carries them."""
     made = gpu_model.alone()
@@ -84,6 +115,7 @@ def groups_of_one() -> dict[str, Any]:
 WHATS: dict[str, Callable[[], dict[str, Any]]] = {
     "shelf": shelf,
     "trainer_host_copies": trainer_host_copies,
+    "host_steps": host_steps,
     "groups_of_one": groups_of_one,
 }
 

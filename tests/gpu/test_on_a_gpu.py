@@ -100,6 +100,17 @@ def test_a_trainer_put_away_frees_all_that_it_holds_and_trains_on() -> None:
     assert found["losses"][2] < found["losses"][1] < found["losses"][0]
 
 
+def test_an_optimizer_that_steps_on_the_host_trains_alike_and_leaves_the_device_its_memory() -> None:
+    found = on_device("host_steps")
+    plain, half, whole = (found[fraction] for fraction in ("0.0", "0.5", "1.0"))
+    for each in (half, whole):
+        # Two kernels of Adam, and bf16 weights.
+        assert each["losses"] == pytest.approx(plain["losses"], rel=1e-2)
+        assert each["held"] == each["all"] - each["host"]
+    assert plain["host"] == 0 < half["host"] < whole["host"] == whole["all"] == plain["all"]
+    assert whole["on device"] < half["on device"] < plain["on device"]
+
+
 def test_every_collective_of_every_group_of_one_rank_is_right_over_nccl() -> None:
     found = on_device("groups_of_one")
     assert found["backend"] == "nccl"
