@@ -182,3 +182,18 @@ def test_fp8_travels_in_buffers_of_its_own(in_fp8: list[dict[str, Any]], recipe:
         # Each rank's half: what the buffers ask of mxfp8, and products of FP8 in general.
         assert length % 2 == 0 and length // 2 % (16 if recipe == "delayed" else 128) == 0
         assert found["with"]["losses"] == pytest.approx(found["without"]["losses"], rel=1e-2)
+
+
+def overlap_left(folder: str) -> list[bool]:
+    """Whether Megatron's config of a model that was asked to overlap still says so."""
+    found = []
+    for groups, *_ in each_case([["megatron:t2", 1, "latent", "latent"]]):
+        model = load_toy(groups, 1, Path(folder), backend="transformer_engine", tp_comm_overlap=True)
+        found.append(model.transformer_config.tp_comm_overlap)
+    return found
+
+
+def test_megatron_overlaps_nothing_of_latent_attention(te_world: World, tmp_path: Path) -> None:
+    # Where this fails, overlap_rules.py need not refuse it.
+    save_toy(build_family_toy("deepseek v3", seed=3), tmp_path)
+    assert te_world.run(overlap_left, {"folder": str(tmp_path)}, size=2) == [[False], [False]]
