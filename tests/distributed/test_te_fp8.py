@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from mtrl.models.precision import Fp8
 from mtrl.parallel.spec import parse_training_spec
@@ -20,7 +21,7 @@ from tests.distributed.router_runs import whole_weights
 from tests.distributed.test_fp8_layouts import LOSS, LR, SIZES, UPDATE, Found, distance, samples
 from tests.distributed.toy_runs import each_case, load_toy, open_trainer
 from tests.distributed.world import World
-from tests.family_toys import published
+from tests.family_toys import build_family_toy, published, save
 from tests.toys import build_toy, write_weights
 
 ALONE, SHARED = "megatron:d1", "megatron:(attn:d2|ffn:e2)"
@@ -36,12 +37,27 @@ WAYS: dict[str, Fp8 | None] = {
 RECOMPUTED = {"full": ("full", []), "modules": ("selective", ["layernorm", "moe", "core_attn"])}
 BLOCKS = ("e4m3", "e5m2", "ends in bf16")
 NUM_STEPS = 6
+FAMILIES: dict[str, dict[str, int]] = {
+    # Latent attention, its down projections too.
+    "deepseek v3": {
+        "hidden_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16, "v_head_dim": 16, "moe_intermediate_size": 32, "intermediate_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    },
+    # A shared expert with a gate, biases of queries, keys and values.
+    "qwen2 moe": {
+        "hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64,
+        "shared_expert_intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     write_weights(build_toy("moe", seed=5, **SIZES), folder / "toy")
+    for name, sizes in FAMILIES.items():
+        save(build_family_toy(name, seed=5, **sizes), folder / name)
     return folder
 
 
@@ -62,7 +78,13 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def train(
-    folder: str, cases: list[list[Any]], backends: list[str], precision: str, steps: int, recompute: str = ""
+    folder: str,
+    cases: list[list[Any]],
+    backends: list[str],
+    precision: str,
+    steps: int,
+    recompute: str = "",
+    family: str = "toy",
 ) -> Found:
     """On a rank: losses and gradient norms of the steps, weights after the first, tokens of experts."""
     from mtrl.models.megatron_config import recompute_fields
@@ -75,7 +97,7 @@ def train(
             options = {"fp8": WAYS[way], "precision": precision, "backend": backend}
             if recompute:
                 options |= recompute_fields(*RECOMPUTED[recompute])
-            model = load_toy(groups, 1, Path(folder) / "toy", **options)
+            model = load_toy(groups, 1, Path(folder) / family, **options)
             trainer = open_trainer(model, distributed=False, lr=LR)
             rows = make_microbatches(samples(), model, max_tokens=64, pad_token_id=0)
             with counted(model) as counts:
@@ -151,6 +173,17 @@ def test_a_step_over_stages_and_cut_linears_is_that_of_torch_native(
     te_world: World, toy: Path, start: Any, spec: str, way: str
 ) -> None:
     same_step(*pair(run(te_world, toy, spec=spec, ways=[way], **BOTH)[0], way), start)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_other_linears_is_that_of_torch_native(te_world: World, toy: Path, family: str) -> None:
+    found = run(te_world, toy, spec=ALONE, ways=["e4m3"], family=family, **BOTH)[0]
+    before = load_file(toy / family / "model.safetensors")
+    still = [name for name in before if name.endswith("e_score_correction_bias")]
+    for weights in (before, *(each["weights"] for each in found.values())):
+        for name in still:
+            del weights[name]
+    same_step(*pair(found, "e4m3"), before)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTED)

@@ -26,6 +26,7 @@ from mtrl.parallel.megatron_ready import MEGATRON_0_19
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -164,9 +165,10 @@ def _latent_attention(
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
-            linear_q_down_proj=column,
+            # Megatron takes only linears that it knows here; `LatentAttention` puts others in their places.
+            linear_q_down_proj=ColumnParallelLinear,
             linear_q_up_proj=column,
-            linear_kv_down_proj=column,
+            linear_kv_down_proj=ColumnParallelLinear,
             linear_kv_up_proj=column,
             core_attention=CoreAttention,
             linear_proj=backend.row_parallel_linear(),
