@@ -6,6 +6,7 @@ collective or reads files. What a spec asks of a model (heads, experts, layers) 
 
 import importlib.util
 import os
+import sys
 
 from mtrl.config import Config
 from mtrl.config_engines import RouterSection
@@ -20,6 +21,7 @@ from mtrl.parallel.spec import (
 )
 
 RANKS_PER_NODE = 8
+_ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def world_size_from_env() -> int:
@@ -224,6 +226,7 @@ def _check_rollout(config: Config, actor: ParallelSpec, rollout: RolloutSpec) ->
         raise ConfigError(
             "rollout.placement: separate is not run yet; write colocated, which samples on the actor's ranks"
         )
+    _check_process(config)
     if rollout.pp > 1:
         raise ConfigError(
             f"rollout.backend: {rollout} has {rollout.pp} pipeline stages, which engines in the trainer's "
@@ -234,6 +237,22 @@ def _check_rollout(config: Config, actor: ParallelSpec, rollout: RolloutSpec) ->
             f"rollout.backend: {rollout} has {rollout.world_size} ranks and actor.backend {actor} has "
             f"{actor.world_size}; colocated engines share the actor's ranks: write {_resized(rollout, actor)}"
         )
+
+
+def _check_process(config: Config) -> None:
+    if config.rollout.process == "trainer":
+        return
+    allocator = next(
+        (name for name in _ALLOCATORS if "expandable_segments:True" in os.environ.get(name, "")), ""
+    )
+    reasons = {
+        f"on {sys.platform}, and processes have memory in common on Linux alone": sys.platform != "linux",
+        "with rollout.sleep, whose memory no other process can map": config.rollout.sleep,
+        f"with expandable_segments in {allocator}, memory that CUDA IPC does not map": bool(allocator),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"rollout.process: own {reason}; write rollout.process=trainer, or do without")
 
 
 def _resized(rollout: RolloutSpec, actor: ParallelSpec) -> str:

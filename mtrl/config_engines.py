@@ -185,6 +185,11 @@ class RolloutSection(Section):
     placement: Literal["colocated", "separate"] = "colocated"
     """``colocated``: on the actor's ranks, in its processes. ``separate`` is read and refused for now."""
 
+    process: Literal["trainer", "own"] = "trainer"
+    """Where vLLM runs: in each rank's trainer process, or in one of its own beside it, whose weights the
+    trainer's maps: shared memory on a CPU, CUDA IPC on a GPU. ``own`` keeps what vLLM changes in torch, and
+    its crashes, out of the trainer, for a second process's memory on each rank. Linux only."""
+
     expert_parallel: bool = False
     """Whole experts on each ``t`` rank of an engine, not slices; no effect at t1 or on dense models."""
 

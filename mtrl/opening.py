@@ -30,6 +30,8 @@ from mtrl.preflight import Job
 from mtrl.probe import NUM_PROMPTS, NUM_TOKENS, Probe
 from mtrl.progress import open_progress
 from mtrl.resume import Position, Resumed, find
+from mtrl.rollout.in_place import InPlaceEngine
+from mtrl.rollout.own_process import OwnProcessEngine
 from mtrl.rollout.vllm_engine import Dtype, VllmEngine
 from mtrl.run_folder import RunFolder, write_atomically
 from mtrl.session import Sampling, Session
@@ -180,17 +182,19 @@ def _start_engine(job: Job, folder: RunFolder, trainer: Trainer) -> Sampling:
             error = caught
     agree(error)
     name, dtype = _ENGINE_DTYPES[weights_precision(job.config) if config.dtype == "auto" else config.dtype]
-    engine = VllmEngine.create(
-        home,
-        job.rollout,
+    settings: dict[str, Any] = dict(
         max_model_len=job.max_model_len,
         max_num_seqs=config.max_num_seqs,
         dtype=name,
         seed=job.config.seed,
         kv_cache_bytes=config.kv_cache_bytes,
         expert_parallel=config.expert_parallel,
-        sleeps=config.sleep,
     )
+    engine: InPlaceEngine
+    if config.process == "own":
+        engine = OwnProcessEngine.create(home, job.rollout, **settings)
+    else:
+        engine = VllmEngine.create(home, job.rollout, sleeps=config.sleep, **settings)
     push = WeightPush(
         trainer.model,
         engine,

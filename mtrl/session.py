@@ -299,7 +299,8 @@ class Session:
         if self.sampling is None:
             return used
         dtype = config.rollout.dtype
-        return {**used, "sampler": weights_precision(config) if dtype == "auto" else dtype}
+        sampler = weights_precision(config) if dtype == "auto" else dtype
+        return {**used, "sampler": sampler, "sampler_process": config.rollout.process}
 
     def is_due(self, every_steps: int, step: int, total_steps: int) -> bool:
         """Whether something done every so many steps of a phase falls on ``step``; never on the last."""
@@ -310,9 +311,10 @@ class Session:
         self.save()
         self.checkpointer.wait()
         memory = peak_memory()
+        beside = self.sampling.engine.host_bytes_elsewhere() if self.sampling else 0
         self.summary |= {
             "num_steps": self.step,
-            "peak_memory_bytes": int(sum_over_ranks(memory.host_bytes)),
+            "peak_memory_bytes": int(sum_over_ranks(memory.host_bytes + beside)),
             "peak_device_memory_bytes": int(sum_over_ranks(memory.device_bytes)),
             "push_extra_bytes": int(
                 sum_over_ranks(float(self.sampling.push.extra_bytes if self.sampling else 0))

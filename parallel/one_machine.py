@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -88,12 +89,14 @@ def memory_file(size: int) -> int:
     return own
 
 
-def map_file(pid: int, number: int, size: int) -> Tensor:
-    """All bytes of a process's file in memory, which live as long as somebody has them mapped."""
+def map_file(pid: int | Literal["self"], number: int, size: int, start: int = 0) -> Tensor:
+    """Bytes of a process's file in memory, which live as long as somebody has them mapped."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
+    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     with open(f"/proc/{pid}/fd/{number}", "r+b") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+        mapped = mmap.mmap(file.fileno(), start - page + size, offset=page)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=start - page)
 
 
 class Pipes:

@@ -13,7 +13,7 @@ from mtrl.batch import Completion, Prompt
 from mtrl.parallel.agreement import Tell, agree_on, tell_all
 from mtrl.parallel.errors import LostRanksError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
-from mtrl.rollout.kernel_layout import Ranges
+from mtrl.rollout.kernel_layout import KernelLayout, Ranges
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
 from mtrl.rollout.places import Placed, Places
 from mtrl.rollout.protocol import SamplingSettings
@@ -44,6 +44,11 @@ class InPlaceEngine(ABC):
         They are of the engine's dtype, or what ``dtypes`` says. WeightError when a name is unknown or
         missing.
         """
+
+    @property
+    @abstractmethod
+    def loader_record(self) -> LoaderRecord | None:
+        """What this rank needs of each Hugging Face tensor; None before weights were planned or loaded."""
 
     @abstractmethod
     def live_parameters(self) -> list[tuple[Mapping[str, Tensor], str]]:
@@ -110,6 +115,11 @@ class InPlaceEngine(ABC):
     def destinations(self) -> Mapping[str, Tensor]:
         """This rank's live weights, by vLLM's names; they keep their storage."""
         return self._places.destinations
+
+    @property
+    def layouts(self) -> Mapping[str, KernelLayout]:
+        """The order in which kernels keep some of them."""
+        return self._places.layouts
 
     @property
     def device(self) -> torch.device:

@@ -116,7 +116,7 @@ class VllmEngine(InPlaceEngine):
 
     @property
     def loader_record(self) -> LoaderRecord | None:
-        """What this rank needs of each Hugging Face tensor; None before the first `load_weights`."""
+        """See `InPlaceEngine.loader_record`."""
         return self._loader.record
 
     def live_parameters(self) -> list[tuple[Mapping[str, Tensor], str]]:

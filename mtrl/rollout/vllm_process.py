@@ -61,6 +61,7 @@ _NOISE = (
     "is not found in LD_PRELOAD",
     "CPU backend doesn't allow to use `torch.set_num_threads`",
     "This model does not officially support disabling chunked prefill",
+    "is already registered. Overwriting",
     "Using None for EOS token id because tokenizer is not initialized",
 )
 

@@ -28,8 +28,10 @@ def steps(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def again(world: World, toy: Path) -> Path:
-    """The same in forks, while the user's reward reseeds every global generator of rank 0."""
-    arguments = ["grpo.yaml", "output_dir=runs/again", "reward.name=rewards:reseeding"]
+    """The same in forks, while the user's reward reseeds every global generator of rank 0, and its engines
+    have processes of their own.
+    """
+    arguments = ["grpo.yaml", "output_dir=runs/again", "reward.name=rewards:reseeding", "rollout.process=own"]
     world.run(run_main, {"folder": str(toy), "arguments": arguments}, size=2, start=False, timeout_s=200)
     return toy / "runs" / "again"
 
@@ -91,7 +93,10 @@ def test_the_summary_says_what_came_of_it(run: Path) -> None:
     assert [each["step"] for each in lines(run / "evaluations.jsonl")] == [0, NUM_SFT, NUM_SFT + NUM_GRPO]
 
 
-def test_a_run_repeats_exactly_whatever_the_global_generators_draw(run: Path, again: Path) -> None:
+def test_a_run_repeats_exactly_whatever_generators_draw_and_wherever_vllm_lives(
+    run: Path, again: Path
+) -> None:
+    assert json.loads((again / "summary.json").read_text())["uses"]["sampler_process"] == "own"
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert untimed(lines(run / name)) == untimed(lines(again / name))
     weights = "checkpoints/step_000007/model.safetensors"

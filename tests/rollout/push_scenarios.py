@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec
 from mtrl.policy import Microbatch, make_microbatches
 from mtrl.rl import to_samples
+from mtrl.rollout.in_place import InPlaceEngine
+from mtrl.rollout.own_process import OwnProcessEngine
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.sampler import sample_on_all
 from mtrl.rollout.vllm_engine import VllmEngine
@@ -59,6 +61,7 @@ class Case:
     nodes: tuple[int, ...] = ()
     transport: TransportName = "auto"
     backend: Backend = "torch_native"
+    process: Literal["trainer", "own"] = "trainer"
 
     @property
     def name(self) -> str:
@@ -73,6 +76,7 @@ class Case:
             *([f"nodes{''.join(map(str, self.nodes))}"] if self.nodes else []),
             *([self.transport] if self.transport != "auto" else []),
             *([self.backend] if self.backend != "torch_native" else []),
+            *(["own process"] if self.process == "own" else []),
         ]
         return " ".join([self.actor, self.rollout, *flags])
 
@@ -86,6 +90,8 @@ CASES = {
         Case(actor="megatron:p2", rollout="vllm:d2", tied=True),
         Case(actor="megatron:p2", rollout="vllm:t2", num_chunks=2, transport="collective"),
         Case(actor="megatron:d2", rollout="vllm:t2", kind="dense", tied=True),
+        Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:d2", process="own"),
+        Case(actor="megatron:(attn:t2|ffn:e2)", rollout="vllm:t2", process="own"),
     ),
     4: (
         Case(actor="megatron:(attn:d2t2|ffn:e4)", rollout="vllm:d2t2", expert_parallel=True),
@@ -144,7 +150,7 @@ def _cases() -> tuple[Case, ...]:
     return CASES[dist.get_world_size()]
 
 
-def open_case(case: Case, folder: Path) -> tuple[Model, Trainer, VllmEngine, WeightPush]:
+def open_case(case: Case, folder: Path) -> tuple[Model, Trainer, InPlaceEngine, WeightPush]:
     """Trainer, engine and push of a case. Collective over WORLD."""
     config = _family_folder(case, folder) if case.toy else _config_folder(case, folder)
     parallel = groups.create(
@@ -155,7 +161,9 @@ def open_case(case: Case, folder: Path) -> tuple[Model, Trainer, VllmEngine, Wei
     load_hf(model, folder) if case.toy else initialize(model, seed=3)
     trainer = Trainer(model, OptimizerSection(lr=0.02, beta2=0.99), temperature=case.temperature)
     trainer.start_phase(total_steps=NUM_UPDATES, lr=0.02, warmup_steps=0)
-    engine = VllmEngine.create(
+    kind: type[VllmEngine] | type[OwnProcessEngine]
+    kind = VllmEngine if case.process == "trainer" else OwnProcessEngine
+    engine: InPlaceEngine = kind.create(
         folder, parse_rollout_spec(case.rollout), max_model_len=200, max_num_seqs=32, dtype="float32", seed=0,
         kv_cache_bytes=16 << 20, expert_parallel=case.expert_parallel,
     )  # fmt: skip
@@ -194,7 +202,7 @@ def _update(
     version: int,
     model: Model,
     trainer: Trainer,
-    engine: VllmEngine,
+    engine: InPlaceEngine,
     push: WeightPush,
 ) -> dict[str, Any]:
     sampling = SamplingSettings(
@@ -271,7 +279,7 @@ def _family_folder(case: Case, folder: Path) -> Any:
     return load_model_config(folder)
 
 
-def num_lacking(model: Model, engine: VllmEngine) -> int:
+def num_lacking(model: Model, engine: InPlaceEngine) -> int:
     """Elements that this rank's engine reads and its trainer does not hold, counted one by one."""
     held = held_boxes(model.weight_map)[model.groups.rank]
     count = 0
@@ -282,7 +290,7 @@ def num_lacking(model: Model, engine: VllmEngine) -> int:
     return count
 
 
-def num_lacking_on_node(model: Model, engine: VllmEngine, nodes: list[int]) -> int:
+def num_lacking_on_node(model: Model, engine: InPlaceEngine, nodes: list[int]) -> int:
     """Elements that some engine of this rank's node reads and none of its trainers holds."""
     held, own = held_boxes(model.weight_map), nodes[model.groups.rank]
     count = 0
@@ -302,7 +310,7 @@ def _by_node(lacks: Tensor, node: int) -> Tensor:
     return rows
 
 
-def _read_elements(model: Model, engine: VllmEngine) -> Iterator[tuple[str, Tensor]]:
+def _read_elements(model: Model, engine: InPlaceEngine) -> Iterator[tuple[str, Tensor]]:
     """By tensor, which elements this rank's engine reads; what is read otherwise than as a box counts
     whole.
     """

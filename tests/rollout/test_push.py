@@ -66,6 +66,15 @@ def test_all_ranks_get_all_completions(pushes: Pushes, size: int, case: str) -> 
         assert [each["tokens"] for each in other] == [each["tokens"] for each in first]
 
 
+@pytest.mark.parametrize("case", [case.name for case in CASES[2] if case.process == "own"])
+def test_an_engine_in_its_own_process_is_the_same_engine(pushes: Pushes, case: str) -> None:
+    beside = case.removesuffix(" own process")
+    for result in pushes(2):
+        for own, other in zip(result[case]["updates"], result[beside]["updates"], strict=True):
+            # Tokens, log-probabilities and bytes, to the bit.
+            assert own | {"calls": 0} == other | {"calls": 0}
+
+
 @each_case
 def test_a_rank_receives_exactly_what_it_lacks(pushes: Pushes, size: int, case: str) -> None:
     for result in pushes(size):

@@ -68,6 +68,11 @@ REFUSED: dict[str, Case] = {
     ),
     "engine pipeline": (ConfigError, ["rollout.backend=vllm:d1p2"], "write vllm:d1t2"),
     "separate": (ConfigError, ["rollout.placement=separate"], "separate is not run yet; write colocated"),
+    "own process that sleeps": (
+        ConfigError,
+        ["rollout.process=own", "rollout.sleep=true"],
+        "rollout.process: own with rollout.sleep, whose memory no other process can map",
+    ),
     "ref layout": (ConfigError, ["ref.backend=megatron:d1t2"], 'leave it empty: ref.backend=""'),
     "ref string": (SpecError, ["ref.backend=megatron:z2"], "ref.backend: "),
     "no prompts": (
@@ -160,6 +165,20 @@ def test_determinism_is_refused_where_the_environment_stands_against_it(
     check_config(load(tmp_path), 2)
     with pytest.raises(ConfigError, match="the environment has NVTE_ALLOW_NONDETERMINISTIC_ALGO=1; unset"):
         check_config(load(tmp_path, "deterministic=true"), 2)
+
+
+def test_an_engine_of_its_own_process_is_refused_where_memory_cannot_be_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(tmp_path, "rollout.process=own")
+    check_config(config, 2)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(ConfigError, match=r"expandable_segments in PYTORCH_CUDA_ALLOC_CONF.*process=trainer"):
+        check_config(config, 2)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(ConfigError, match="on darwin, and processes have memory in common on Linux alone"):
+        check_config(config, 2)
 
 
 def test_sft_asks_for_its_own_keys_and_not_for_those_of_grpo(tmp_path: Path) -> None:
