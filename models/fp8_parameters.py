@@ -56,6 +56,28 @@ class Fp8Parameters:
             self.shown = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Copies of a model's parameters in FP8, for views that outlast a step; each with its parameter."""
+
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def among(cls, parameters: Mapping[Any, Tensor], read: Mapping[Any, Tensor]) -> "Copies":
+        """Of ``read``, what `Fp8Parameters.read` gave of ``parameters``, those that are copies."""
+        return cls(tuple((read[key], each) for key, each in parameters.items() if is_float8tensor(each)))
+
+    def renew(self) -> None:
+        """Have them say what the parameters say now: what the model's products multiply by."""
+        for copy, parameter in self.pairs:
+            copy.copy_(parameter.detach().dequantize())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the copies."""
+        return sum(copy.nbytes for copy, _ in self.pairs)
+
+
 def write(parameters: Mapping[Any, Tensor], values: Mapping[Any, Tensor]) -> None:
     """Make the parameters in FP8 their values, where their masters begin too; the others are their own."""
     for key, parameter in parameters.items():

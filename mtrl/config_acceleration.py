@@ -35,8 +35,9 @@ class Fp8Section(Section):
 
     parameters: bool = False
     """Keep the weights of these linears in FP8, with fp32 masters and no bf16 copy, and gather them in half
-    the bytes. For transformer_engine with fp8_blockwise, the distributed optimizer, and sft, since pushes
-    read bf16. Steps and checkpoints are those of bf16 weights that are quantised for each product."""
+    the bytes. For transformer_engine with fp8_blockwise and the distributed optimizer. Steps and checkpoints
+    are those of bf16 weights that are quantised for each product; a push gives the engine, from a copy in
+    bf16, the weights that the trainer multiplies by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

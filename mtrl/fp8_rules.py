@@ -15,7 +15,7 @@ from mtrl.parallel.spec import ParallelSpec
 
 _WITHOUT_TE = "write model.backend=transformer_engine"
 _NO_PARAMETERS: dict[Recipe, str] = {
-    "fp8_delayed": "whose scales of weights come from earlier steps, which no checkpoint holds",
+    "fp8_delayed": "whose scales of weights come from earlier steps, which another layout has none of",
     "mxfp8": "whose parameters Megatron-Core gathers in bf16 over the gradients' buffer, which is not built",
 }
 
@@ -118,8 +118,10 @@ def _check_parameters(config: Config, fp8: Fp8) -> None:
         "with actor.optimizer.offload_fraction, which keeps other masters; write 0": (
             config.actor.optimizer.offload_fraction > 0
         ),
-        "with grpo, whose pushes read weights where they lie, and these lie nowhere in bf16; write "
-        "model.fp8.parameters=false": config.algorithm.name == "grpo",
+        "with algorithm.kl_coef, whose reference takes the parameters' place, which those in FP8 do not give "
+        "up; write 0, or model.fp8.parameters=false": bool(config.algorithm.kl_coef),
+        "with actor.offload, which moves storages, and parameters in FP8 have none of their own; write none, "
+        "or model.fp8.parameters=false": config.actor.offload != "none",
     }
     for reason, holds in reasons.items():
         if holds:

@@ -9,14 +9,14 @@ in FP8 is quantised before it travels (``fp8_images.py``).
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from mtrl.models.builder import Model
+from mtrl.models.fp8_parameters import Copies as Fp8Copies
 from mtrl.models.gather import DTYPES
 from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.errors import LostRanksError, RolloutError
@@ -74,7 +74,9 @@ class WeightPush:
             name: torch.empty(shapes[name], dtype=kept.get(name, dtype), device=engine.device)
             for name in needs.whole
         }
-        views = Views(model, needs, engine.placed, self.staging)
+        tensors, parameters = model.tensors(), model.parameters()
+        self._copies = Fp8Copies.among(parameters, tensors)
+        views = Views(model, needs, engine.placed, self.staging, tensors)
         everyones = exchange_needs(needs)
         self._rank = model.groups.rank
         self._nodes = node_of or gather_json(int(os.environ.get("GROUP_RANK", "0")))
@@ -99,17 +101,18 @@ class WeightPush:
         made = rounds(self.plan, views, dtype_of=lambda name: kept.get(name, dtype))
         self._told, self._local, self._rounds = told, made.local, made.rounds
         self._checksums, self._num_verified = Checksums(self.plan, views, dtype), num_verified
-        own: Mapping[str, Tensor] = {f"{name} (chunk {n})": p for (n, name), p in model.parameters().items()}
+        own = {f"{key[1]} (chunk {key[0]})": p for key, p in parameters.items() if tensors[key] is p}
         live = [*((own, name) for name in own), *engine.live_parameters()]
         self._watch = StorageWatch(live)
 
     @property
     def extra_bytes(self) -> int:
-        """Memory that this rank keeps for pushes: buckets, tensors that are replayed whole, and its share in
-        FP8.
+        """Memory that this rank keeps for pushes: buckets, tensors that are replayed whole, its share in FP8
+        for engines that want that, in bf16 of parameters that are in FP8.
         """
         staged = sum(tensor.nbytes for tensor in self.staging.values())
-        return self.transport.num_bytes + staged + (self._images.num_bytes if self._images else 0)
+        images = self._images.num_bytes if self._images else 0
+        return self.transport.num_bytes + staged + images + self._copies.num_bytes
 
     def run(self, *, policy_version: int) -> int:
         """Push, and make ``policy_version`` the engine's version. Collective over WORLD.
@@ -144,6 +147,7 @@ class WeightPush:
 
     def _steps(self) -> Iterator[Callable[[], None]]:
         yield self._watch.check
+        yield self._copies.renew
         if self._images is not None:
             yield self._images.measure
             yield self._told.local.run

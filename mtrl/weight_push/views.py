@@ -26,13 +26,14 @@ class Views:
     needs: Needs
     placed: Callable[[RecordedCopy, Ranges], Iterator[Placed]]
     staging: Mapping[str, Tensor]
+    tensors: Mapping[Any, Tensor]
+    """The trainer's, by what its weight map calls them."""
     images: Mapping[str, Sequence[tuple[Box, Tensor]]] = field(default_factory=dict)
     """What is sent in place of the trainer's own tensors: boxes, each with its elements."""
     _pieces: dict[str, list[tuple[Box, Piece]]] = field(init=False)
-    _tensors: Mapping[Any, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._tensors, self._pieces = self.model.tensors(), {}
+        self._pieces = {}
         for piece in self.model.weight_map.of_rank(self.model.groups.rank).pieces:
             for simple in piece.simple():
                 self._pieces.setdefault(simple.hf.name, []).append((simple.stored, simple))
@@ -46,7 +47,7 @@ class Views:
             yield box, image[box.relative_to(whole).slices]
             return
         held, piece = next((h, p) for h, p in self._pieces[name] if h.intersect(box) == box)
-        region = stored_region(self._tensors, piece)
+        region = stored_region(self.tensors, piece)
         lengths = _grouped(tuple(region.shape), [len(factors) for factors in piece.hf.factors])
         for part, factors in _factor_boxes(lengths, box.relative_to(held)):
             ranges = zip(part.ranges, held.ranges, strict=True)

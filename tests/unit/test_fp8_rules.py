@@ -80,11 +80,15 @@ def test_latent_attention_has_widths_of_its_own(tmp_path: Path) -> None:
         check_acceleration(given, actor_spec(given), config_of("deepseek v3", hidden_size=64), able)
 
 
-def test_no_push_reads_parameters_in_fp8(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["algorithm.kl_coef=0.1", "actor.offload=all"])
+def test_in_grpo_parameters_in_fp8_stay_where_they_are(tmp_path: Path, key: str) -> None:
     (tmp_path / "rl.yaml").write_text(RL)
+    wide = config_of("qwen3", hidden_size=64, intermediate_size=64)
     given = load_config(tmp_path / "rl.yaml", (TE, BLOCKS, KEPT))
-    with pytest.raises(ConfigError, match=r"model\.fp8\.parameters: true with grpo, whose pushes read"):
-        check_acceleration(given, actor_spec(given), config_of("qwen3"), able)
+    check_acceleration(given, actor_spec(given), wide, able)
+    given = load_config(tmp_path / "rl.yaml", (TE, BLOCKS, KEPT, key))
+    with pytest.raises(ConfigError, match=rf"model\.fp8\.parameters: true with {key.partition('=')[0]}"):
+        check_acceleration(given, actor_spec(given), wide, able)
 
 
 def test_parameters_in_fp8_are_had_where_they_can_be(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from transformer_engine import pytorch as te
 
 from mtrl.parallel.groups import ParallelGroups
 
@@ -22,6 +21,9 @@ def user_buffers(config: TransformerConfig, groups: ParallelGroups, *, row_lengt
     ranks get to the end; where one fails, the others may wait for it in a kernel, and the end of their
     processes gives them back.
     """
+    # Here, so that the module can be imported where there is none.
+    from transformer_engine import pytorch as te
+
     tp, modes = groups.attn.tp, te.UserBufferQuantizationMode
     ranks = dist.get_process_group_ranks(tp)
     # It takes neither groups nor ranks: its domains are the world's ranks, cut into runs.
