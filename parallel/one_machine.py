@@ -4,13 +4,11 @@ Files in memory have no name in any file system, so that no crash leaves one beh
 open them, and pipes, through ``/proc``. A word through pipes takes a twentieth of a gloo collective's time.
 """
 
-import contextlib
 import mmap
 import os
 import secrets
 import select
 import struct
-import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,22 +140,27 @@ class Pipes:
         word = self._WORD.pack(self._rank, failed, self._count, number)
         said = {self._rank: (failed, number)}
         for outlet in self._outlets:
-            with contextlib.suppress(BrokenPipeError):  # it has ended; what it said before is still read
+            try:
                 os.write(outlet, word)
+            except BrokenPipeError:
+                continue  # it has ended; what it said before is still read
         said |= self._early.pop(self._count, {})
-        deadline = time.monotonic() + self._timeout_s
         while len(said) <= len(self._outlets):
-            self._read(said, deadline)
+            self._read(said)
         return [said[rank] for rank in sorted(said)]
 
-    def _read(self, said: dict[int, Said], deadline: float) -> None:
-        ready = {each for each, _ in self._poll.poll(1e3 * max(0.0, deadline - time.monotonic()))}
-        if words := os.read(self._inbox, _WORDS_AT_ONCE * self._WORD.size) if self._inbox in ready else b"":
+    def _read(self, said: dict[int, Said]) -> None:
+        ready = self._poll.poll(1e3 * self._timeout_s)
+        words = b""
+        for each, _ in ready:
+            if each == self._inbox:
+                words = os.read(each, _WORDS_AT_ONCE * self._WORD.size)
+        if words:
             for rank, failed, count, number in self._WORD.iter_unpack(words):
                 into = said if count == self._count else self._early.setdefault(count, {})
                 into[rank] = (bool(failed), number)
             return  # an ended rank's last words come before it is taken for lost
-        for each in ready:
+        for each, _ in ready:
             self._ended |= {self._lives[each]} if each in self._lives else set(self._lives.values())
             self._poll.unregister(each)  # the inbox too, where nobody is left who could write to it
         missing = set(self._lives.values()) - set(said)

@@ -13,7 +13,7 @@ from mtrl.batch import Completion, Prompt
 from mtrl.parallel.agreement import Tell, agree_on, tell_all
 from mtrl.parallel.errors import LostRanksError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
-from mtrl.rollout.kernel_layout import KernelLayout, Ranges
+from mtrl.rollout.kernel_layout import KernelLayout, PackBlocks, Ranges
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
 from mtrl.rollout.places import Placed, Places
 from mtrl.rollout.protocol import SamplingSettings
@@ -70,6 +70,10 @@ class InPlaceEngine(ABC):
     @abstractmethod
     def is_shut_down(self) -> bool:
         """Whether it was."""
+
+    def block_packer(self) -> PackBlocks | None:
+        """What packs experts' blocks, where there are such and this process has the kernel."""
+        return None
 
     @abstractmethod
     def paused(self, write: Callable[[], None]) -> None:

@@ -8,11 +8,17 @@ and hold it twice; knowing the order, new weights are written into the packed te
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 Ranges = tuple[tuple[int, int], ...]
+
+PackBlocks: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Writes a stack of matrices [1, N, K], N a multiple of 32, to where a `KernelLayout` of 16 rows and one
+column keeps them.
+"""
 
 _ROWS, _COLUMNS = (1, 16, 32), (1, 2, 4)
 

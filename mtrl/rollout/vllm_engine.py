@@ -9,6 +9,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
 from mtrl.rollout.in_place import InPlaceEngine
+from mtrl.rollout.kernel_layout import KernelLayout, PackBlocks
 from mtrl.rollout.loader_record import LoaderRecord
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.seeds import completion_seed
@@ -127,6 +129,15 @@ class VllmEngine(InPlaceEngine):
             for name, parameter in module._parameters.items()
             if parameter is not None and not f".{name}".endswith(vllm_mends.DERIVED_PARAMETERS)
         ]
+
+    def block_packer(self) -> PackBlocks | None:
+        """See `InPlaceEngine.block_packer`."""
+        for layer in self._model.modules():
+            layout = getattr(getattr(layer, "w13_weight", None), "kernel_layout", None)
+            if layout == KernelLayout(rows=16, columns=1):
+                method: Any = layer.quant_method
+                return partial(_pack_blocks, method.moe_kernel.fused_experts.isa)
+        return None
 
     def plan_weights(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
@@ -257,3 +268,8 @@ class VllmEngine(InPlaceEngine):
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM did not reset its prefix cache: some request still holds it")
+
+
+def _pack_blocks(isa: str, source: Tensor, target: Tensor) -> None:
+    # What vLLM's own `cpu_prepack_moe_weight` calls, on memory that is there.
+    torch.ops._C.prepack_moe_weight(source, target, isa)

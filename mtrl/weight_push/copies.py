@@ -15,10 +15,12 @@ Pair: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(slots=True)
 class Copies:
-    """Copies that are made in one call; dtypes may differ."""
+    """Copies that are made in one call, or few; dtypes may differ."""
 
     destinations: list[Tensor] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
+    by_kernel: list[Callable[[], None]] = field(default_factory=list)
+    """Further copies, each made by a call."""
 
     def add(self, destination: Tensor, source: Tensor) -> None:
         """Give both one shape: dims are split where the other side has more of them, which needs no copy."""
@@ -31,9 +33,11 @@ class Copies:
         """Make them."""
         if self.destinations:
             torch._foreach_copy_(self.destinations, self.sources)
+        for each in self.by_kernel:
+            each()
 
     def __len__(self) -> int:
-        return len(self.destinations)
+        return len(self.destinations) + len(self.by_kernel)
 
     @property
     def pairs(self) -> list[Pair]:

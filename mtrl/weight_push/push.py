@@ -89,6 +89,7 @@ class WeightPush:
             world_size=model.groups.layout.world_size,
             bucket_bytes=bucket_bytes // 2,  # one to send from and one to receive into, or two in turns
             device=engine.device,
+            pack=engine.block_packer(),
         )
         self._images, told = None, Rounds()
         if fp8:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mtrl.models.boxes import Box
 from mtrl.models.transfers import Transfer
+from mtrl.rollout.kernel_layout import PackBlocks
 from mtrl.weight_push.copies import Copies
 from mtrl.weight_push.nodes import NodePlan
 from mtrl.weight_push.transport import RoundSizes, Transport, Wire
+from mtrl.weight_push.turns import packed
 
 Read = Callable[[str, Box], Iterator[tuple[Box, Tensor]]]
 
@@ -60,10 +62,12 @@ def make_rounds(
     world_size: int,
     bucket_bytes: int,
     device: torch.device,
+    pack: PackBlocks | None = None,
 ) -> Rounds:
     """The plan as views, cut by tensors so that no rank sends or receives more than ``bucket_bytes`` a round.
 
-    A tensor larger than that has a round of its own. Collective over WORLD.
+    A tensor larger than that has a round of its own; ``pack`` writes what it is faster with. Collective over
+    WORLD.
     """  # fmt: skip
     cut: list[tuple[list[Transfer], Read]] = []
     for stage, read in ((plan.first, views.held), (plan.forwarded, views.delivered)):
@@ -74,13 +78,15 @@ def make_rounds(
     wires = transport.open(
         [RoundSizes(_sizes(group, world_size), dtype_of(group[0].name)) for group, _ in cut], device
     )
-    rounds = [_round(group, views, read, wire, rank) for (group, read), wire in zip(cut, wires, strict=True)]
+    rounds = [
+        _round(group, views, read, wire, rank, pack) for (group, read), wire in zip(cut, wires, strict=True)
+    ]
     local = Copies()
     for each in plan.first.transfers:
         if each.source == each.target == rank:
             for target, source in views.matched(each.name, each.box):
                 local.add(target, source)
-    return Rounds(local=local.coalesced(), rounds=rounds)
+    return Rounds(local=packed(local.coalesced(), pack), rounds=rounds)
 
 
 def _cut(transfers: Sequence[Transfer], world_size: int, limit: int) -> Iterator[list[Transfer]]:
@@ -109,7 +115,9 @@ def _sizes(transfers: Sequence[Transfer], world_size: int) -> tuple[tuple[int, .
     return tuple(map(tuple, found))
 
 
-def _round(transfers: Sequence[Transfer], views: Sides, read: Read, wire: Wire, rank: int) -> Round:
+def _round(
+    transfers: Sequence[Transfer], views: Sides, read: Read, wire: Wire, rank: int, pack: PackBlocks | None
+) -> Round:
     found = Round(wire=wire)
     start = 0
     for each in sorted((t for t in transfers if t.source == rank), key=lambda t: t.target):
@@ -123,5 +131,6 @@ def _round(transfers: Sequence[Transfer], views: Sides, read: Read, wire: Wire, 
             bucket = wire.received[each.source][start : starts[each.source]].view(each.box.shape)
             for part, target in views.wanted(each.name, each.box):
                 found.incoming.add(target, bucket[part.relative_to(each.box).slices])
-    found.outgoing, found.incoming = found.outgoing.coalesced(), found.incoming.coalesced()
+    found.outgoing = found.outgoing.coalesced()
+    found.incoming = packed(found.incoming.coalesced(), pack)
     return found

@@ -118,6 +118,7 @@ def compiled_errors() -> dict[str, Any]:
     return found | {"compiled": counters["stats"]["unique_graphs"] - before}
 
 
+@pytest.mark.one_stack
 def test_compiled_it_rounds_alike_and_rows_of_all_lengths_share_it(world: World) -> None:
     (found,) = world.run(compiled_errors, size=1, timeout_s=280.0)
     assert found.pop("compiled") == 0

@@ -165,7 +165,6 @@ class ShardEngine(InPlaceEngine):
         place = dist.get_rank() % engines.spec.tp
         ((self.model, _),) = shard_records.shard_models(folder, engines, [place], "fp8")
         self._loader = WeightLoader(self.model, torch.bfloat16, group)
-        self.record: LoaderRecord | None = None
         super().__init__(spec=engines.spec, places=self._loader.places, has_fp8_weights=True)
 
     def live_parameters(self) -> list[tuple[Mapping[str, Tensor], str]]:
@@ -179,8 +178,11 @@ class ShardEngine(InPlaceEngine):
     def plan_weights(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
     ) -> LoaderRecord:
-        self.record = self._loader.prepare(shapes, dtypes)
-        return self.record
+        return self._loader.prepare(shapes, dtypes)
+
+    @property
+    def loader_record(self) -> LoaderRecord | None:
+        return self._loader.record
 
     def paused(self, write: Callable[[], None]) -> None:
         write()
@@ -366,15 +368,15 @@ def num_lacking_bytes(
     """
     from mtrl.models.gather import held_boxes
 
-    assert engine.record is not None
-    shapes = dict(engine.record.sources)
+    assert engine.loader_record is not None
+    shapes = dict(engine.loader_record.sources)
     held: Boxes = held_boxes(model.weight_map)[dist.get_rank()]
     scales = {
         name + SCALE_SUFFIX: tuple(map(fp8_weights.block_box, boxes))
         for name, boxes in held.items()
         if name + SCALE_SUFFIX in shapes
     }
-    reads, has = masks(Needs.of(engine.record).boxes, shapes), masks({**held, **scales}, shapes)
+    reads, has = masks(Needs.of(engine.loader_record).boxes, shapes), masks({**held, **scales}, shapes)
     kept = {name: torch.float32 for name, dtype in model.weight_map.hf_dtypes().items() if dtype == "float32"}
     usual = torch.float32 if precision == "fp32" else torch.bfloat16
     return sum(

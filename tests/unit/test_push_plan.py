@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mtrl.models.boxes import Box
 from mtrl.weight_push.copies import Copies, common_shape
 from mtrl.weight_push.plan import disjoint
+from mtrl.weight_push.turns import ROWS, packed
 
 SIZE = 24
 
@@ -89,3 +90,28 @@ def test_needed_twice_is_received_once(ranges: list[tuple[int, int]]) -> None:
     boxes = [Box(((start, start + length),)) for start, length in ranges]
     elements = [index for box in disjoint(boxes) for index in range(*box.ranges[0])]
     assert sorted(elements) == sorted({index for box in boxes for index in range(*box.ranges[0])})
+
+
+def pack(source: torch.Tensor, target: torch.Tensor) -> None:
+    """What vLLM's kernel does; tests/rollout has the kernel itself."""
+    *_, num_rows, width = source.shape
+    blocks = source.view(num_rows // ROWS, ROWS, width).transpose(1, 2)
+    target.view(num_rows // ROWS, width, ROWS).copy_(blocks)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.booleans(), st.booleans())
+def test_packing_by_a_kernel_writes_what_copies_write(
+    num_stacks: int, num_blocks: int, width: int, is_whole: bool, is_plain: bool
+) -> None:
+    shape = (num_stacks, num_blocks, ROWS, width)
+    source = torch.arange(float(math.prod(shape))).view(shape)
+    if not is_whole:
+        source = source[:, :, :, : max(1, width // 2)]
+    targets = [torch.zeros(source.shape if is_plain else source.mT.shape) for _ in range(2)]
+    views = targets if is_plain else [target.mT for target in targets]
+    expected, found = (Copies([view], [source]).coalesced() for view in views)
+    found = packed(found, pack, is_faster=lambda *_: True)
+    is_turn = not is_plain and source.is_contiguous() and source.shape[-1] > 1
+    assert len(found.by_kernel) == int(is_turn and num_stacks * num_blocks % 2 == 0)
+    expected.run(), found.run()
+    assert targets[0].equal(targets[1])
