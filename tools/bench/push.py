@@ -185,8 +185,8 @@ def pack_experts(engine: VllmEngine) -> None:
 
 
 def timed(action: Callable[[], object], pipes: Pipes) -> float:
-    """Seconds until all ranks are done. They say so through pipes: gloo's barrier takes 0.2 ms, a part of what
-    is measured.
+    """Seconds until all ranks are done. They say so through pipes: gloo's barrier takes 0.2 ms, which would
+    be a part of what is measured.
     """
     pipes.tell(False, 0)
     start = time.perf_counter()
