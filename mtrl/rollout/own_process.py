@@ -122,15 +122,14 @@ class OwnProcessEngine(InPlaceEngine):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except BaseException:
-            self._channel.send({"do": "failed"})
-            self._voided()
+            self._tell_of_failure()
             raise
         self._ask({"do": "written"})
 
-    def _voided(self) -> None:
-        """Take the answer to an update that failed, which says nothing new."""
+    def _tell_of_failure(self) -> None:
+        """End an update that failed here; what the other process says of it is nothing new."""
         try:
-            _answer(self._process, self._channel)
+            self._ask({"do": "failed"})
         except RolloutError:
             return
 

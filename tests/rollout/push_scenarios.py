@@ -91,7 +91,6 @@ CASES = {
         Case(actor="megatron:p2", rollout="vllm:t2", num_chunks=2, transport="collective"),
         Case(actor="megatron:d2", rollout="vllm:t2", kind="dense", tied=True),
         Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:d2", process="own"),
-        Case(actor="megatron:(attn:t2|ffn:e2)", rollout="vllm:t2", process="own"),
     ),
     4: (
         Case(actor="megatron:(attn:d2t2|ffn:e4)", rollout="vllm:d2t2", expert_parallel=True),

@@ -108,5 +108,6 @@ def test_rounds_and_memory_are_shared(pushes: Pushes, size: int, case: str) -> N
 def test_python_s_work_grows_with_rounds_not_with_tensors(pushes: Pushes, size: int, case: str) -> None:
     for result in pushes(size):
         *_, unchecked = result[case]["updates"]
-        # Seen: 1,270 calls, most of them vLLM's around an update, and 27 a round of two ranks, 37 of four.
-        assert unchecked["calls"] <= 1600 + 40 * result[case]["rounds"]
+        # Seen: 1,270 calls, most of them vLLM's around an update, and 27 a round of two ranks, 35 to 42 of
+        # four: a word to each other rank, and as many reads as words that come alone.
+        assert unchecked["calls"] <= 1600 + (20 + 10 * size) * result[case]["rounds"]
