@@ -3,16 +3,19 @@
     python tools/show_layout.py "megatron:(attn:d4p2t2c2|ffn:d2p2t4e2)" --svg layout.svg
     python tools/show_layout.py vllm:d2t4 --model /models/Qwen3-30B-A3B
     python tools/show_layout.py "megatron:(attn:d8|ffn:e8)" vllm:d2t4 --model /models/Qwen3-30B-A3B
+    python tools/show_layout.py "megatron:(attn:d8|ffn:e8)" vllm:d2t4 --model FOLDER --rollout-dtype fp8
 
 With a trainer's and a rollout's string it also says what a push of new weights moves, and which rollout
-layouts would need the fewest bytes, all in bfloat16: FP8 engines (rollout.dtype: fp8) are not counted. Of the
-model's folder only ``config.json`` is read. Needs no GPU, no torch and no installation. Ends with 1 where a
-spec does not fit the model.
+layouts would need the fewest bytes: in bfloat16, or in the FP8 of rollout.dtype: fp8 with its scales. Layouts
+that are refused, as for FP8's blocks, are not compared. Of the model's folder only ``config.json`` is read.
+Needs no GPU, no installation, and torch for FP8 alone. Ends with 1 where a spec does not fit the model, or
+cannot have the dtype.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 if not __package__:  # run as a file: import from the checkout it lies in, not from its own folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -27,7 +30,7 @@ from mtrl.parallel.spec import ParallelSpec
 from mtrl.tools.layout_facts import MEANINGS, Axis, Share, View, model_shares, ranks_text, refuse_problems
 from mtrl.tools.layout_picture import picture_of
 from mtrl.tools.layout_svg import draw
-from mtrl.tools.push_score import PushScore
+from mtrl.tools.push_score import PushScore, RolloutDtype
 
 MAX_GROUPS_SHOWN = 16
 MAX_RANKS_LISTED = 64
@@ -54,9 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "rollout",
         nargs="?",
-        help="the engines' string: says what a push to them moves, in bfloat16 (not of rollout.dtype: fp8)",
+        help="the engines' string: says what a push to them moves, in --rollout-dtype",
     )
     parser.add_argument("--expert-parallel", action="store_true", help="as rollout.expert_parallel: true")
+    parser.add_argument(
+        "--rollout-dtype",
+        choices=get_args(RolloutDtype),
+        default="bfloat16",
+        help="what engines keep weights in, as rollout.dtype: bf16 or fp8; default bfloat16",
+    )
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; shows each rank's share of it")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the layout to this file")
@@ -74,6 +83,7 @@ def _push_score(options: argparse.Namespace) -> PushScore:
         options.model,
         options.gpus_per_node,
         expert_parallel=options.expert_parallel,
+        dtype=options.rollout_dtype,
     )
 
 

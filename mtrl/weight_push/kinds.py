@@ -4,8 +4,8 @@ Pure.
 A *kind* is the tensors of one row of the table: all layers' query projections, all experts' gates. They are
 split along one dim at most, and in the same way in every layer, so a kind is a few ranges, whatever the
 model's size. The trainer's follow from the layout as in ``weight_map.py``. The engine's are vLLM's own rules,
-which tests hold against what its loaders do (``loader_record.py``), for every family. Scales
-and one-byte elements of FP8 engines (``fp8_weights.py``) are not known here.
+which tests hold against what its loaders do (``loader_record.py``), for every family. Those of FP8 engines
+are made from these in ``fp8_kinds.py``.
 """
 
 import itertools
@@ -83,6 +83,11 @@ class Kind:
         others = [size for dim, size in enumerate(self.shape) if dim not in (self.dim, self.expert_dim)]
         return math.prod(others)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether ranks of the trainer have ranges that overlap: of scales, where they share blocks."""
+        return self.dim is not None and any(a[1] > b[0] for a, b in itertools.pairwise(self.trainer))
+
     def names(self, layers: Iterable[int], experts: Range = (0, 0)) -> tuple[str, ...]:
         """The tensors of these layers and experts; each of an expert has its own only where the name says
         so.
@@ -105,7 +110,7 @@ def kinds_of(
     config: ModelConfig, layout: RankLayout, engines: Engines, stages: Stages, itemsize: int
 ) -> tuple[Kind, ...]:
     """Of every row of the family's published table; ``itemsize`` is what a weight has on the wire, bytes, the
-    same for all that the family does not keep in float32 (so not FP8's).
+    same for all that the family does not keep in float32.
 
     Raises:
         LayoutError: the model does not fit one side's layout.

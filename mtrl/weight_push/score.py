@@ -2,23 +2,21 @@
 
 A rank must receive need(r) minus have(r); a node, need(n) minus have(n) of the unions over its ranks. `score`
 computes both from the ranges of ``kinds.py``, a few numbers a kind and rank, so that many rollout layouts can
-be compared; the plan of ``nodes.py`` meets both, and tests hold the two against each other. Bytes are
-those of ``itemsize``: a push to FP8 engines, of one byte for most elements, and scales, is not scored.
+be compared; the plan of ``nodes.py`` meets both, and tests hold the two against each other. Bytes are those
+of the kinds, FP8's scales among them (``fp8_kinds.py``), without what ranks tell each other to find scales.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtrl.models.boxes import Range
-from mtrl.models.config import ModelConfig
-from mtrl.models.stages import Stages
 from mtrl.parallel.errors import LayoutError
 from mtrl.parallel.layout import RankLayout
-from mtrl.weight_push.kinds import Engines, Kind, kinds_of
+from mtrl.weight_push.kinds import Engines, Kind
 from mtrl.weight_push.nodes import Numbers
 
 
@@ -52,16 +50,10 @@ def score(kinds: Sequence[Kind], layout: RankLayout, engines: Engines, gpus_per_
 
 
 def compare(
-    config: ModelConfig,
-    layout: RankLayout,
-    engines: Engines,
-    stages: Stages,
-    *,
-    itemsize: int,
-    gpus_per_node: int,
+    kinds_for: Callable[[Engines], Sequence[Kind]], layout: RankLayout, engines: Engines, gpus_per_node: int
 ) -> list[Score]:
-    """Every rollout layout of the same world that the model fits, ``engines`` among them; the fewest bytes
-    first: by the rank that receives most, then by the node.
+    """Every rollout layout of the same world but those for which ``kinds_for`` raises LayoutError,
+    ``engines`` among them; the fewest bytes first: by the rank that receives most, then by the node.
     """
     found = []
     for tp in range(1, layout.world_size + 1):
@@ -71,7 +63,7 @@ def compare(
             if expert_parallel and tp == 1:
                 continue  # the same as without
             try:
-                kinds = kinds_of(config, layout, each, stages, itemsize)
+                kinds = kinds_for(each)
             except LayoutError:
                 continue
             found.append(score(kinds, layout, each, gpus_per_node))

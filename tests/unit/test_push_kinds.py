@@ -138,7 +138,7 @@ def test_the_same_layout_on_both_sides_moves_nothing_but_what_is_replicated() ->
     config = load_model_config(CONFIGS / "Qwen3-30B-A3B")
     layout, stages, _ = trainer(config, "megatron:(attn:d8|ffn:e8)", 1)
     engines = Engines(spec=parse_rollout_spec("vllm:d2t4"))
-    best, *others = compare(config, layout, engines, stages, itemsize=2, gpus_per_node=8)
+    best, *others = compare(lambda each: kinds_of(config, layout, each, stages, 2), layout, engines, 8)
     assert str(best.engines) == "vllm:t8 with expert parallelism"
     assert best.received.tolist() == [0] * 8 and best.local_share == 1
     assert {str(each.engines) for each in others} == {

@@ -28,7 +28,7 @@ from mtrl.parallel.layout import RankLayout  # noqa: E402
 from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec  # noqa: E402
 from mtrl.tools.bench.about import commit  # noqa: E402
 from mtrl.tools.push_score import ITEMSIZE, gigabytes  # noqa: E402
-from mtrl.weight_push.kinds import Engines, alike_of, kinds_of  # noqa: E402
+from mtrl.weight_push.kinds import Engines, Kind, alike_of, kinds_of  # noqa: E402
 from mtrl.weight_push.nodes import NodePlan, Numbers, plan_alike  # noqa: E402
 from mtrl.weight_push.score import compare, score  # noqa: E402
 
@@ -103,7 +103,11 @@ def measure(model: str, train: str, rollout: str, expert_parallel: bool) -> dict
     layout = RankLayout.from_spec(parse_training_spec(train))
     engines = Engines(spec=parse_rollout_spec(rollout), expert_parallel=expert_parallel)
     stages = Stages.balanced(config.num_layers, layout.spec.attn.pp)
-    kinds = kinds_of(config, layout, engines, stages, ITEMSIZE)
+
+    def kinds_for(each: Engines) -> tuple[Kind, ...]:
+        return kinds_of(config, layout, each, stages, ITEMSIZE)
+
+    kinds = kinds_for(engines)
     names = [name for kind in kinds for name in kind.all_names()]
     node_of = [rank // GPUS_PER_NODE for rank in range(layout.world_size)]
     rank = layout.world_size // 2 + 3
@@ -113,7 +117,7 @@ def measure(model: str, train: str, rollout: str, expert_parallel: bool) -> dict
     bound = score(kinds, layout, engines, GPUS_PER_NODE)
     score_s = time.process_time() - start
     start = time.process_time()
-    others = compare(config, layout, engines, stages, itemsize=ITEMSIZE, gpus_per_node=GPUS_PER_NODE)
+    others = compare(kinds_for, layout, engines, GPUS_PER_NODE)
     compare_s = time.process_time() - start
     if (traffic.received != bound.received).any() or (traffic.into_nodes(node_of) != bound.into_nodes).any():
         raise SystemExit(f"{model}, {train} to {engines}: the plan does not move need minus have")
