@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.parallel.agreement import Said, gather_json
-from mtrl.parallel.errors import LostRanksError, RolloutError
+from mtrl.parallel.errors import LostRanksError
 
 _HAS_SHARED_FILES = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 _HAS_PROCESS_FILES = hasattr(os, "pidfd_open")
@@ -46,39 +46,12 @@ def have_memory_in_common() -> bool:
             os.close(own)
 
 
-def share(sizes: Sequence[int]) -> list[Tensor]:
-    """Every rank's flat tensor of so many bytes, in memory that all ranks have mapped. Collective over WORLD.
-
-    Raises:
-        RolloutError: on all ranks, where one has no memory for it.
-    """
-    rank = dist.get_rank()
-    own, error = -1, None
-    try:
-        own = memory_file(sizes[rank])
-    except (OSError, MemoryError) as caught:
-        error = caught
-    everyones = gather_json([os.getpid(), own, None if error is None else str(error)])
-    failed = [number for number, each in enumerate(everyones) if each[2] is not None]
-    if failed:
-        if own >= 0:
-            os.close(own)
-        raise RolloutError(
-            f"rank {failed[0]} could not allocate {sizes[failed[0]]} bytes of shared memory for the push: "
-            f"{everyones[failed[0]][2]}; free memory, or use rollout.push_transport=collective"
-        ) from error
-    tensors = [map_file(pid, number, size) for (pid, number, _), size in zip(everyones, sizes, strict=True)]
-    dist.barrier()  # everyone has it mapped: it lives as long as the mappings
-    os.close(own)
-    return tensors
-
-
 def memory_file(size: int) -> int:
     """The descriptor of a new file in memory of ``size`` bytes; OSError, or MemoryError if there is less."""
     # Pages come when they are written, without an error where there are none: so ask before.
     if size > (available := _available_bytes()):
         raise MemoryError(f"{available} bytes are available")
-    own = os.memfd_create("mtrl-push", os.MFD_CLOEXEC)
+    own = os.memfd_create("mtrl-weights", os.MFD_CLOEXEC)
     try:
         os.ftruncate(own, size)
     except OSError:
@@ -112,9 +85,10 @@ class Pipes:
         self._inbox, outlet = os.pipe()
         places = gather_json([os.getpid(), outlet])
         others = {rank: place for rank, place in enumerate(places) if rank != self._rank}
-        self._outlets = [
-            os.open(f"/proc/{pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC) for pid, number in others.values()
-        ]
+        self._outlets = {
+            rank: os.open(f"/proc/{pid}/fd/{number}", os.O_WRONLY | os.O_CLOEXEC)
+            for rank, (pid, number) in others.items()
+        }
         # Such a file can be read once its process has ended.
         self._lives = {os.pidfd_open(pid): rank for rank, (pid, _) in others.items()}
         self._ended: set[int] = set()
@@ -123,7 +97,7 @@ class Pipes:
         self._poll = select.poll()
         for descriptor in (self._inbox, *self._lives):
             self._poll.register(descriptor, select.POLLIN)
-        weakref.finalize(self, _close, [self._inbox, *self._outlets, *self._lives])
+        weakref.finalize(self, _close, [self._inbox, *self._outlets.values(), *self._lives])
 
     @staticmethod
     def are_possible() -> bool:
@@ -136,10 +110,17 @@ class Pipes:
         Raises:
             LostRanksError: a rank has ended, or says nothing.
         """
+        return self._said(failed, [number] * (1 + len(self._outlets)))
+
+    def swap(self, numbers: Sequence[int]) -> list[int]:
+        """Say another number to each rank; what each says to this one. Else as `tell`."""
+        return [number for _, number in self._said(False, numbers)]
+
+    def _said(self, failed: bool, numbers: Sequence[int]) -> list[Said]:
         self._count += 1
-        word = self._WORD.pack(self._rank, failed, self._count, number)
-        said = {self._rank: (failed, number)}
-        for outlet in self._outlets:
+        said = {self._rank: (failed, numbers[self._rank])}
+        for rank, outlet in self._outlets.items():
+            word = self._WORD.pack(self._rank, failed, self._count, numbers[rank])
             try:
                 os.write(outlet, word)
             except BrokenPipeError:

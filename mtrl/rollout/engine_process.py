@@ -25,9 +25,7 @@ from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.groups import DEFAULT_TIMEOUT_S
 from mtrl.parallel.spec import parse_rollout_spec
 from mtrl.rollout.channel import Channel, Message
-from mtrl.rollout.loader_record import LoaderRecord, Region
 from mtrl.rollout.protocol import SamplingSettings
-from mtrl.rollout.shared_weights import share_weights
 from mtrl.rollout.storages import StorageWatch
 from mtrl.rollout.vllm_engine import VllmEngine
 
@@ -81,7 +79,7 @@ class EngineProcess:
         arguments["model_dir"] = Path(arguments["model_dir"])
         arguments["spec"] = parse_rollout_spec(arguments["spec"])
         self._engine = VllmEngine.create(**arguments)
-        shared, descriptors = share_weights(self._engine.destinations)
+        shared, descriptors = self._engine.shared()
         self._watch = StorageWatch(self._engine.live_parameters())
         self._channel.send({"weights": shared, "num_descriptors": len(descriptors)})
         self._channel.send_descriptors(descriptors)
@@ -92,7 +90,7 @@ class EngineProcess:
         """Record the loader; see `InPlaceEngine.plan_weights`."""
         shapes = {name: tuple(shape) for name, shape in message["shapes"].items()}
         dtypes = {name: getattr(torch, dtype) for name, dtype in message["dtypes"].items()}
-        return {"record": _record_to_json(self.engine.plan_weights(shapes, dtypes))}, b""
+        return {"record": self.engine.plan_weights(shapes, dtypes).to_json()}, b""
 
     def update(self, message: Message) -> tuple[Message, bytes]:
         """Pause, let the trainer write, and derive what follows from the weights."""
@@ -140,19 +138,6 @@ def _join(message: Message) -> None:
         store = dist.PrefixStore(message["name"], common)
     backend = current_device().comm_backend
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _record_to_json(record: LoaderRecord) -> Message:
-    copies = [
-        (each.source, _region(each.source_region), each.destination, _region(each.destination_region))
-        for each in record.copies
-    ]
-    fills = [(each.destination, _region(each.region), each.value) for each in record.fills]
-    return {"sources": dict(record.sources), "copies": copies, "fills": fills}
-
-
-def _region(region: Region) -> tuple[Any, ...]:
-    return region.shape, region.stride, region.offset
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Engines whose live weights this process can write to: what a push and a training loop use of them."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from mtrl.rollout.kernel_layout import KernelLayout, PackBlocks, Ranges
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
 from mtrl.rollout.places import Placed, Places
 from mtrl.rollout.protocol import SamplingSettings
+from mtrl.rollout.shared_weights import Shared, share_weights
 
 
 class InPlaceEngine(ABC):
@@ -28,6 +30,7 @@ class InPlaceEngine(ABC):
     def __init__(self, *, spec: RolloutSpec, places: Places, has_fp8_weights: bool) -> None:
         self._spec, self._places, self._has_fp8_weights = spec, places, has_fp8_weights
         self._policy_version: int | None = None
+        self._shared: tuple[Shared, list[int]] | None = None
 
     @abstractmethod
     def generate(
@@ -134,6 +137,23 @@ class InPlaceEngine(ABC):
     def has_fp8_weights(self) -> bool:
         """Whether linears' weights are kept in FP8 blocks, each with its scales."""
         return self._has_fp8_weights
+
+    def shared(self) -> tuple[Shared, list[int]]:
+        """Its live weights, for `map_weights` in other processes of this machine, and the files that go with
+        it, open until it is shut down.
+
+        Raises:
+            RolloutError: see `share_weights`.
+        """
+        if self._shared is None:
+            self._shared = share_weights(self.destinations)
+        return self._shared
+
+    def close_shared(self) -> None:
+        """Let nobody map them any more."""
+        for each in self._shared[1] if self._shared else ():
+            os.close(each)
+        self._shared = None
 
     def placed(self, copy: RecordedCopy, ranges: Ranges) -> Iterator[Placed]:
         """See `Places.placed`."""

@@ -8,7 +8,7 @@ byte-minimal push plans from.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +32,16 @@ class Region:
     shape: Shape
     stride: tuple[int, ...]
     offset: int
+
+    def to_json(self) -> tuple[Any, ...]:
+        """What `from_json` takes."""
+        return self.shape, self.stride, self.offset
+
+    @classmethod
+    def from_json(cls, found: Sequence[Any]) -> "Region":
+        """The same region."""
+        shape, stride, offset = found
+        return cls(shape=tuple(shape), stride=tuple(stride), offset=offset)
 
     def of(self, owner: Tensor) -> Tensor:
         """The view of this region on contiguous ``owner``; it shares storage."""
@@ -96,6 +106,43 @@ class LoaderRecord:
     sources: Mapping[str, Shape]
     copies: tuple[RecordedCopy, ...]
     fills: tuple[RecordedFill, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        copies = [
+            (each.source, each.source_region.to_json(), each.destination, each.destination_region.to_json())
+            for each in self.copies
+        ]
+        fills = [(each.destination, each.region.to_json(), each.value) for each in self.fills]
+        return {"sources": dict(self.sources), "copies": copies, "fills": fills}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "LoaderRecord":
+        """The same record."""
+        return cls(
+            sources={name: tuple(shape) for name, shape in found["sources"].items()},
+            copies=tuple(
+                RecordedCopy(
+                    source=source,
+                    source_region=Region.from_json(one),
+                    destination=target,
+                    destination_region=Region.from_json(other),
+                )
+                for source, one, target, other in found["copies"]
+            ),
+            fills=tuple(
+                RecordedFill(destination=target, region=Region.from_json(region), value=value)
+                for target, region, value in found["fills"]
+            ),
+        )
+
+    def only(self, sources: Collection[str]) -> "LoaderRecord":
+        """What it says of these sources."""
+        return LoaderRecord(
+            sources={name: shape for name, shape in self.sources.items() if name in sources},
+            copies=tuple(each for each in self.copies if each.source in sources),
+            fills=(),
+        )
 
     @property
     def used_sources(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ from mtrl.rollout import vllm_build
 from mtrl.rollout.channel import Channel, Message
 from mtrl.rollout.in_place import InPlaceEngine
 from mtrl.rollout.kernel_layout import KernelLayout
-from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy, RecordedFill, Region
+from mtrl.rollout.loader_record import LoaderRecord
 from mtrl.rollout.places import Places
 from mtrl.rollout.protocol import SamplingSettings
-from mtrl.rollout.shared_weights import map_weights
+from mtrl.rollout.shared_weights import Shared, map_weights
 from mtrl.rollout.vllm_engine import Dtype
 
 _END_S = 30.0
@@ -45,12 +45,13 @@ class OwnProcessEngine(InPlaceEngine):
 
     def __init__(
         self, *, process: "subprocess.Popen[bytes]", channel: Channel, spec: RolloutSpec, places: Places,
-        has_fp8_weights: bool,
+        has_fp8_weights: bool, shared: Shared, descriptors: list[int],
     ) -> None:  # fmt: skip
         super().__init__(spec=spec, places=places, has_fp8_weights=has_fp8_weights)
         self._process, self._channel = process, channel
         self._is_shut_down = False
         self._record: LoaderRecord | None = None
+        self._shared = shared, descriptors
 
     @classmethod
     def create(
@@ -85,13 +86,14 @@ class OwnProcessEngine(InPlaceEngine):
         shared, _ = _asked(process, channel, order)
         descriptors = channel.receive_descriptors(shared["num_descriptors"])
         weights = map_weights(shared["weights"], descriptors)
-        for each in descriptors:
-            os.close(each)
         rest, _ = _answer(process, channel)
         layouts = {name: KernelLayout(**layout) for name, layout in rest["layouts"].items()}
         places = Places(weights, layouts)
         is_fp8 = dtype == "fp8"
-        return cls(process=process, channel=channel, spec=spec, places=places, has_fp8_weights=is_fp8)
+        return cls(
+            process=process, channel=channel, spec=spec, places=places, has_fp8_weights=is_fp8,
+            shared=shared["weights"], descriptors=descriptors,
+        )  # fmt: skip
 
     def plan_weights(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
@@ -99,7 +101,7 @@ class OwnProcessEngine(InPlaceEngine):
         """See `InPlaceEngine.plan_weights`."""
         names = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
         answer, _ = self._ask({"do": "plan", "shapes": dict(shapes), "dtypes": names})
-        record = _record_of(answer["record"])
+        record = LoaderRecord.from_json(answer["record"])
         self._places.forget()
         self._places.remember(record.copies)
         self._record = record
@@ -186,6 +188,7 @@ class OwnProcessEngine(InPlaceEngine):
             self._process.kill()
             self._process.wait()
             self._channel.close()
+            self.close_shared()
 
     def _ask(self, order: Message) -> tuple[Message, bytes]:
         if self._is_shut_down:
@@ -233,23 +236,3 @@ def _lost(process: "subprocess.Popen[bytes]") -> RolloutError:
         return RolloutError(f"the engine's process {process.pid} does not answer any more")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
     return RolloutError(f"the engine's process {process.pid} {how}; what it said is above")
-
-
-def _record_of(found: Message) -> LoaderRecord:
-    def region(parts: list[Any]) -> Region:
-        shape, stride, offset = parts
-        return Region(shape=tuple(shape), stride=tuple(stride), offset=offset)
-
-    return LoaderRecord(
-        sources={name: tuple(shape) for name, shape in found["sources"].items()},
-        copies=tuple(
-            RecordedCopy(
-                source=source, source_region=region(one), destination=target, destination_region=region(other)
-            )
-            for source, one, target, other in found["copies"]
-        ),
-        fills=tuple(
-            RecordedFill(destination=target, region=region(parts), value=value)
-            for target, parts, value in found["fills"]
-        ),
-    )

@@ -1,13 +1,12 @@
-"""An engine's live weights in memory that another process maps too: on CPUs a file in memory, on GPUs CUDA
-IPC.
+"""Live weights in memory that other processes map too: on CPUs a file in memory, on GPUs CUDA IPC.
 
-The other process writes to them as if they were its own; nothing is copied.
+They write to them as if they were their own; nothing is copied.
 """
 
 import base64
 import gc
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,18 +29,20 @@ def share_weights(tensors: Mapping[str, Tensor]) -> tuple[Shared, list[int]]:
     On CPUs storages are moved, so nothing but tensors may refer to them.
 
     Raises:
-        RolloutError: there is no memory for it, or something else refers to a storage.
+        RolloutError: there is no memory for it, or something else refers to a storage; none was moved then.
     """
     if next(iter(tensors.values())).device.type == "cuda":
         return _exported(tensors), []
     return _moved(tensors)
 
 
-def map_weights(shared: Shared, descriptors: Sequence[int]) -> dict[str, Tensor]:
-    """The same tensors in this process, by descriptors of its own."""
+def map_weights(
+    shared: Shared, descriptors: Sequence[int], pid: int | Literal["self"] = "self"
+) -> dict[str, Tensor]:
+    """The same tensors in this process, by descriptors of its own, or of the process ``pid``."""
     device = torch.device(shared["device"])
     if device.type == "cpu":
-        storages = [map_file("self", number, shared["size"]).untyped_storage() for number in descriptors]
+        storages = [map_file(pid, number, shared["size"]).untyped_storage() for number in descriptors]
     else:
         torch.cuda.init()
         storages = [torch.UntypedStorage._new_shared_cuda(*map(_from_json, each)) for each in shared["ipc"]]
@@ -55,6 +56,14 @@ def map_weights(shared: Shared, descriptors: Sequence[int]) -> dict[str, Tensor]
 
 def _moved(tensors: Mapping[str, Tensor]) -> tuple[Shared, list[int]]:
     old = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors.values()}
+    names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
+    users = _users(old)
+    for key, name in names.items():
+        if torch._C._storage_Use_Count(key) > len(users[key]) + 1:
+            raise RolloutError(
+                f"{name} is held by more than tensors, so its memory cannot be shared; use "
+                "rollout.process=trainer with rollout.push_transport=auto"
+            )
     starts, size = {}, 0
     for key, storage in old.items():
         starts[key] = size
@@ -63,44 +72,39 @@ def _moved(tensors: Mapping[str, Tensor]) -> tuple[Shared, list[int]]:
         number = memory_file(size)
     except (OSError, MemoryError) as error:
         raise RolloutError(
-            f"the engine's process could not allocate {size} bytes of shared memory for its weights: "
-            f"{error}; free memory, or use rollout.process=trainer"
+            f"an engine could not allocate {size} bytes of shared memory for its weights: {error}; free "
+            "memory, or use rollout.process=trainer with rollout.push_transport=auto"
         ) from error
-    # Each is a storage of its own still: by them vLLM's loader is followed to where it writes.
-    new = {key: map_file("self", number, old[key].nbytes(), start) for key, start in starts.items()}
-    for key, storage in old.items():
-        new[key].copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-    names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
     where = {
         name: _place(tensor, starts[tensor.untyped_storage()._cdata]) for name, tensor in tensors.items()
     }
-    for user in _users(old):
-        storage = new[user.untyped_storage()._cdata].untyped_storage()
-        user.data = torch.empty(0, dtype=user.dtype).set_(
-            storage, user.storage_offset(), tuple(user.shape), user.stride()
-        )
-    held = [names.get(key, "a weight") for key in old if torch._C._storage_Use_Count(key) > 1]
-    if held:
-        raise RolloutError(
-            f"{held[0]} is held by more than tensors, so its memory cannot be shared; use "
-            "rollout.process=trainer"
-        )
+    for key in list(old):
+        # Each is a storage of its own still: by them vLLM's loader is followed to where it writes.
+        new = map_file("self", number, old[key].nbytes(), starts[key])
+        new.copy_(torch.empty(0, dtype=torch.uint8).set_(old.pop(key)))
+        for user in users.pop(key):
+            user.data = torch.empty(0, dtype=user.dtype).set_(
+                new.untyped_storage(), user.storage_offset(), tuple(user.shape), user.stride()
+            )
     return {"device": "cpu", "size": size, "tensors": where}, [number]
 
 
-def _users(storages: Mapping[int, object]) -> list[Tensor]:
-    """All tensors of this process that live in these storages."""
+def _users(storages: Mapping[int, object]) -> dict[int, list[Tensor]]:
+    """All tensors of this process that live in these storages, by storage."""
+    was_frozen = gc.get_freeze_count() > 0
     gc.unfreeze()  # vLLM hides what it has made from the collector
     gc.collect()
-    found = [
-        each
-        for each in gc.get_objects()
-        if issubclass(type(each), Tensor)
-        and each.layout is torch.strided
-        and each.device.type == "cpu"
-        and each.untyped_storage()._cdata in storages
-    ]
-    gc.freeze()
+    found: dict[int, list[Tensor]] = {key: [] for key in storages}
+    for each in gc.get_objects():
+        if (
+            issubclass(type(each), Tensor)
+            and each.layout is torch.strided
+            and each.device.type == "cpu"
+            and (key := each.untyped_storage()._cdata) in found
+        ):
+            found[key].append(each)
+    if was_frozen:
+        gc.freeze()
     return found
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtrl.parallel.errors import WeightError
 
-NUM_AT_ONCE = 64
+NUM_AT_ONCE = 16
 
 
 class StorageWatch:

@@ -214,6 +214,7 @@ class VllmEngine(InPlaceEngine):
         self._llm = self._model = self._worker = None
         self._loader = self._group = None  # type: ignore[assignment]
         self._derived = []
+        self.close_shared()
         self.void()
         gc.unfreeze()
         gc.collect()

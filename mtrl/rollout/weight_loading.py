@@ -51,11 +51,12 @@ class WeightLoader:
     def prepare(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
     ) -> LoaderRecord:
-        """Record what this rank needs of tensors of these shapes; collective over the replica.
+        """Record anew what this rank needs of tensors of these shapes; collective over the replica.
 
         They are of the engine's dtype, or what ``dtypes`` says. Constants are written; weights
         are not. WeightError as `load` raises it.
         """
+        self._forget()
         error: WeightError | None = None
         names = list(shapes)
         try:
@@ -155,5 +156,5 @@ class WeightLoader:
         self._is_complete = True
 
     def _forget(self) -> None:
-        self._record = EMPTY_RECORD
+        self._record, self._is_complete = EMPTY_RECORD, False
         self.places.forget()

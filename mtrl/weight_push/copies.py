@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -28,6 +28,11 @@ class Copies:
         assert shape is not None, (destination.shape, source.shape)
         self.destinations.append(destination.view(shape))
         self.sources.append(source.view(shape))
+
+    def extend(self, pairs: Iterable[Pair]) -> None:
+        """Add all."""
+        for destination, source in pairs:
+            self.add(destination, source)
 
     def run(self) -> None:
         """Make them."""

@@ -210,11 +210,6 @@ class Fp8Images:
 
     delivered = wanted
 
-    def matched(self, name: str, box: Box) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where this rank wants what it has measured itself: (target, source)."""
-        for (_, source), (_, target) in zip(self.held(name, box), self.wanted(name, box), strict=True):
-            yield target, source
-
     def _batch(self, parts: tuple[Part, ...], start: int, held: Held) -> _Batch:
         rows, columns = (n * size for n, size in zip(parts[0].blocks.shape, _SIZES, strict=True))
         canvas = self._scratch[: len(parts) * rows * columns].view(len(parts), rows, columns)

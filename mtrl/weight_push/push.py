@@ -2,10 +2,11 @@
 
 Planned once: what an engine's shard reads is recorded from vLLM's own loader (``plan.py``), what a rank lacks
 of it comes from one other rank, over a network card once for each node (``nodes.py``), and everything is
-prepared as views of live tensors (``rounds.py``). A push is one fused copy of all that a rank has itself,
-and for each round a fused copy into its bucket, an exchange (``transport.py``) and a fused copy out of it.
-Rank r receives exactly the elements of need(r) minus have(r), counted by the transport. What the engine keeps
-in FP8 is quantised before it travels (``fp8_images.py``).
+prepared as views of live tensors. A push is one fused copy of all that a rank has itself, and then either one
+into the other ranks' engines, which it has mapped (``windows.py``), or, for each round, one into its bucket,
+an exchange and one out of it (``rounds.py``). Rank r receives exactly the elements of need(r) minus have(r),
+counted in each push (``transport.py``). What the engine keeps in FP8 is quantised before it travels
+(``fp8_images.py``).
 """
 
 import os
@@ -22,14 +23,22 @@ from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.errors import LostRanksError, RolloutError
 from mtrl.rollout.fp8_weights import fp8_dtypes, fp8_names, with_scales
 from mtrl.rollout.in_place import InPlaceEngine
+from mtrl.rollout.loader_record import LoaderRecord
 from mtrl.rollout.storages import StorageWatch
 from mtrl.weight_push.copies import Copies
 from mtrl.weight_push.fp8_images import Fp8Images, PartsPlan
 from mtrl.weight_push.plan import Needs, exchange_needs, plan_push, sendable_boxes
 from mtrl.weight_push.rounds import Round, Rounds, make_rounds
-from mtrl.weight_push.transport import TransportName, choose
+from mtrl.weight_push.transport import (
+    CollectiveTransport,
+    SharedMemoryTransport,
+    Transport,
+    TransportName,
+    choose,
+)
 from mtrl.weight_push.verify import Checksums
 from mtrl.weight_push.views import Views
+from mtrl.weight_push.windows import make_writes, open_windows
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -50,8 +59,9 @@ class WeightPush:
 
     Built collectively over WORLD. The parameters of both sides keep their storage from then on; a push
     refuses when they have not. ``bucket_bytes`` bounds what is allocated for travel, unless one tensor is
-    larger; ``num_verified`` first pushes compare checksums of what was sent and of what the engine holds;
-    ``node_of`` is each rank's node, torchrun's unless given.
+    larger; nothing is where ranks write to each other's engines. ``num_verified`` first pushes compare
+    checksums of what was sent and of what the engine holds; ``node_of`` is each rank's node, torchrun's
+    unless given.
     """
 
     def __init__(
@@ -69,25 +79,27 @@ class WeightPush:
         fp8 = fp8_names(model.weight_map.config) if engine.has_fp8_weights else ()
         shapes = with_scales(model.weight_map.hf_shapes(), fp8)
         kept = {name: DTYPES[each] for name, each in model.weight_map.hf_dtypes().items()} | fp8_dtypes(fp8)
-        needs = Needs.of(engine.plan_weights(shapes, fp8_dtypes(fp8)))
+        record = engine.plan_weights(shapes, fp8_dtypes(fp8))
+        needs = Needs.of(record)
         self.staging = {
             name: torch.empty(shapes[name], dtype=kept.get(name, dtype), device=engine.device)
             for name in needs.whole
         }
         tensors, parameters = model.tensors(), model.parameters()
         self._copies = Fp8Copies.among(parameters, tensors)
-        views = Views(model, needs, engine.placed, self.staging, tensors)
+        views = Views(needs=needs, placed=engine.placed, staging=self.staging, model=model, tensors=tensors)
         everyones = exchange_needs(needs)
         self._rank = model.groups.rank
         self._nodes = node_of or gather_json(int(os.environ.get("GROUP_RANK", "0")))
         self.plan = plan_push(model.weight_map, everyones, self._nodes, fp8=fp8)
-        self.transport = choose(transport, engine.device)
+        self.transport: Transport = choose(transport, engine.device)
+        self._buckets = CollectiveTransport()
         rounds = partial(
             make_rounds,
-            transport=self.transport,
+            transport=self._buckets,
             rank=self._rank,
             world_size=model.groups.layout.world_size,
-            bucket_bytes=bucket_bytes // 2,  # one to send from and one to receive into, or two in turns
+            bucket_bytes=bucket_bytes // 2,  # one to send from and one to receive into
             device=engine.device,
             pack=engine.block_packer(),
         )
@@ -99,12 +111,18 @@ class WeightPush:
             )
             told = rounds(parts.largest, self._images, dtype_of=lambda name: torch.float32)
             views.images = self._images.images
-        made = rounds(self.plan, views, dtype_of=lambda name: kept.get(name, dtype))
+        made = self._writes(views, record, is_must=transport == "shared_memory")
+        made = made or rounds(self.plan, views, dtype_of=lambda name: kept.get(name, dtype))
         self._told, self._local, self._rounds = told, made.local, made.rounds
         self._checksums, self._num_verified = Checksums(self.plan, views, dtype), num_verified
         own = {f"{key[1]} (chunk {key[0]})": p for key, p in parameters.items() if tensors[key] is p}
         live = [*((own, name) for name in own), *engine.live_parameters()]
         self._watch = StorageWatch(live)
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Memory of this rank's buckets."""
+        return self._buckets.num_bytes
 
     @property
     def extra_bytes(self) -> int:
@@ -113,7 +131,7 @@ class WeightPush:
         """
         staged = sum(tensor.nbytes for tensor in self.staging.values())
         images = self._images.num_bytes if self._images else 0
-        return self.transport.num_bytes + staged + images + self._copies.num_bytes
+        return self.bucket_bytes + staged + images + self._copies.num_bytes
 
     def run(self, *, policy_version: int) -> int:
         """Push, and make ``policy_version`` the engine's version. Collective over WORLD.
@@ -131,6 +149,35 @@ class WeightPush:
         self._engine.update(self._write, policy_version=policy_version, check=check, tell=self.transport.tell)
         self._num_verified -= 1
         return self.counts.bytes_received - before
+
+    def _writes(self, views: Views, record: LoaderRecord, *, is_must: bool) -> Rounds | None:
+        """The plan as writes to other ranks' engines; None where it is to go through buckets.
+
+        An engine whose weights cannot lie where others map them is an error only if this way is a must.
+        """
+        if not isinstance(self.transport, SharedMemoryTransport):
+            return None
+        travelling = [
+            each
+            for each in (*self.plan.first.transfers, *self.plan.forwarded.transfers)
+            if each.source != each.target
+        ]
+        names = {each.name for each in travelling if each.target == self._rank}
+        try:
+            windows = open_windows(self._engine, record, self.staging, names) if travelling else []
+        except RolloutError:
+            if is_must:
+                raise
+            self.transport = self._buckets
+            return None
+        return make_writes(
+            self.plan,
+            views,
+            windows,
+            transport=self.transport,
+            rank=self._rank,
+            pack=self._engine.block_packer(),
+        )
 
     def _write(self) -> None:
         """All copies and exchanges; whatever fails on this rank, it takes part in every exchange."""
@@ -158,17 +205,18 @@ class WeightPush:
         yield from (partial(self._exchange, each) for each in self._rounds)
 
     def _exchange(self, each: Round) -> None:
-        failed = _attempt(each.outgoing)
+        failed = _attempt(each.before)
         try:
-            self.counts.bytes_received += self.transport.exchange(each.wire)
+            arrived = each.exchange()
         except RuntimeError as error:  # of torch.distributed: a rank has died, or taken another way
             raise LostRanksError(f"the push lost other ranks: {error}") from error
+        self.counts.bytes_received += sum(arrived)
         self.counts.bytes_across += sum(
-            part.nbytes
-            for part, node in zip(each.wire.received, self._nodes, strict=True)
+            num_bytes
+            for num_bytes, node in zip(arrived, self._nodes, strict=True)
             if node != self._nodes[self._rank]
         )
-        failed = failed or _attempt(each.incoming)
+        failed = failed or _attempt(each.after)
         self.counts.num_rounds += 1
         if failed is not None:
             raise failed

@@ -1,47 +1,44 @@
-"""A plan as rounds: for each, views of live tensors and of the buckets between ranks."""
+"""A plan as rounds, through buckets between ranks: views of these and of live tensors."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from mtrl.models.boxes import Box
 from mtrl.models.transfers import Transfer
 from mtrl.rollout.kernel_layout import PackBlocks
 from mtrl.weight_push.copies import Copies
 from mtrl.weight_push.nodes import NodePlan
-from mtrl.weight_push.transport import RoundSizes, Transport, Wire
+from mtrl.weight_push.transport import CollectiveTransport, RoundSizes, Wire
 from mtrl.weight_push.turns import packed
-
-Read = Callable[[str, Box], Iterator[tuple[Box, Tensor]]]
+from mtrl.weight_push.views import Look, View, matched
 
 
 class Sides(Protocol):
     """Views of live tensors on both sides of an exchange: see `Views`."""
 
-    def held(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+    def held(self, name: str, box: Box) -> View:
         """What this rank has."""
 
-    def wanted(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+    def wanted(self, name: str, box: Box) -> View:
         """Where it wants what it receives."""
 
-    def delivered(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+    def delivered(self, name: str, box: Box) -> View:
         """As ``wanted``, and each element once."""
-
-    def matched(self, name: str, box: Box) -> Iterator[tuple[Tensor, Tensor]]:
-        """(target, source) of what it has itself."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Round:
-    """What travels together: ``outgoing`` fill the wire's buckets, ``incoming`` empty them."""
+    """A step that ranks take together: copies, an exchange, and copies that need it made."""
 
-    wire: Wire
-    outgoing: Copies = field(default_factory=Copies)
-    incoming: Copies = field(default_factory=Copies)
+    exchange: Callable[[], Sequence[int]]
+    """Collective over WORLD; bytes that have come from each rank."""
+    before: Copies = field(default_factory=Copies)
+    after: Copies = field(default_factory=Copies)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,7 +53,7 @@ def make_rounds(
     plan: NodePlan,
     views: Sides,
     *,
-    transport: Transport,
+    transport: CollectiveTransport,
     dtype_of: Callable[[str], torch.dtype],
     rank: int,
     world_size: int,
@@ -64,12 +61,12 @@ def make_rounds(
     device: torch.device,
     pack: PackBlocks | None = None,
 ) -> Rounds:
-    """The plan as views, cut by tensors so that no rank sends or receives more than ``bucket_bytes`` a round.
+    """The plan by way of buckets, cut so that no rank sends or receives more than ``bucket_bytes`` a round.
 
     A tensor larger than that has a round of its own; ``pack`` writes what it is faster with. Collective over
     WORLD.
     """  # fmt: skip
-    cut: list[tuple[list[Transfer], Read]] = []
+    cut: list[tuple[list[Transfer], Look]] = []
     for stage, read in ((plan.first, views.held), (plan.forwarded, views.delivered)):
         for dtype in dict.fromkeys(dtype_of(each.name) for each in stage.transfers):
             same = [each for each in stage.transfers if dtype_of(each.name) == dtype]
@@ -79,14 +76,19 @@ def make_rounds(
         [RoundSizes(_sizes(group, world_size), dtype_of(group[0].name)) for group, _ in cut], device
     )
     rounds = [
-        _round(group, views, read, wire, rank, pack) for (group, read), wire in zip(cut, wires, strict=True)
+        _round(group, views, read, wire, partial(transport.exchange, wire), rank, pack)
+        for (group, read), wire in zip(cut, wires, strict=True)
     ]
-    local = Copies()
+    return Rounds(local=local_copies(plan, views, rank, pack), rounds=rounds)
+
+
+def local_copies(plan: NodePlan, views: Sides, rank: int, pack: PackBlocks | None) -> Copies:
+    """What a rank needs and has itself."""
+    found = Copies()
     for each in plan.first.transfers:
         if each.source == each.target == rank:
-            for target, source in views.matched(each.name, each.box):
-                local.add(target, source)
-    return Rounds(local=packed(local.coalesced(), pack), rounds=rounds)
+            found.extend(matched(views.held, views.wanted, each.name, each.box))
+    return packed(found.coalesced(), pack)
 
 
 def _cut(transfers: Sequence[Transfer], world_size: int, limit: int) -> Iterator[list[Transfer]]:
@@ -116,21 +118,27 @@ def _sizes(transfers: Sequence[Transfer], world_size: int) -> tuple[tuple[int, .
 
 
 def _round(
-    transfers: Sequence[Transfer], views: Sides, read: Read, wire: Wire, rank: int, pack: PackBlocks | None
+    transfers: Sequence[Transfer],
+    views: Sides,
+    read: Look,
+    wire: Wire,
+    exchange: Callable[[], Sequence[int]],
+    rank: int,
+    pack: PackBlocks | None,
 ) -> Round:
-    found = Round(wire=wire)
+    found = Round(exchange=exchange)
     start = 0
     for each in sorted((t for t in transfers if t.source == rank), key=lambda t: t.target):
         bucket = wire.sent[start : (start := start + each.box.num_elements)].view(each.box.shape)
         for part, source in read(each.name, each.box):
-            found.outgoing.add(bucket[part.relative_to(each.box).slices], source)
+            found.before.add(bucket[part.relative_to(each.box).slices], source)
     starts = [0] * len(wire.received)
     for each in transfers:
         if each.target == rank:
             start, starts[each.source] = starts[each.source], starts[each.source] + each.box.num_elements
             bucket = wire.received[each.source][start : starts[each.source]].view(each.box.shape)
             for part, target in views.wanted(each.name, each.box):
-                found.incoming.add(target, bucket[part.relative_to(each.box).slices])
-    found.outgoing = found.outgoing.coalesced()
-    found.incoming = packed(found.incoming.coalesced(), pack)
+                found.after.add(target, bucket[part.relative_to(each.box).slices])
+    found.before = found.before.coalesced()
+    found.after = packed(found.after.coalesced(), pack)
     return found

@@ -1,13 +1,14 @@
-"""How a bucket gets from rank to rank: torch.distributed's collectives, or memory that processes share.
+"""How weights get from rank to rank: through buckets, or written at once to where they are used.
 
-Both give each round its buffers once and count what arrives. Shared memory saves a copy and all of gloo's
-sockets, where every rank is on one machine and has its weights on the CPU: a receiver copies from the
-sender's own bucket into the engine. NCCL does the like between GPUs of a machine itself.
+Both count what arrives. `CollectiveTransport` has torch.distributed exchange buckets. Where all ranks are on
+one machine and have their weights on the CPU, `SharedMemoryTransport` has no buckets: ranks write to each
+other's engines (``windows.py``), as one-sided puts do in MPI, and say when they are in an update and when
+they have written. NCCL does the like between GPUs of a machine itself.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 from mtrl.parallel.agreement import Said, tell_all
 from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.groups import DEFAULT_TIMEOUT_S
-from mtrl.parallel.one_machine import Pipes, have_memory_in_common, share
+from mtrl.parallel.one_machine import Pipes, have_memory_in_common
 
 Sizes = Sequence[Sequence[int]]
 """Elements that travel in a round: ``[source][target]``, with zeros for a rank to itself."""
@@ -44,46 +45,17 @@ class RoundSizes:
 
 TransportName = Literal["auto", "collective", "shared_memory"]
 
-_ALIGNMENT = 64
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wire:
-    """One round's buffers on this rank, flat: all that it sends, by target; what comes from each source."""
+    """One round's buffers on this rank, flat: all that it sends, by target; what comes from each source.
+
+    ``outbox`` and ``inbox`` are both as bytes (not every library knows every dtype), with bytes by target and
+    source.
+    """
 
     sent: Tensor
     received: tuple[Tensor, ...]
-    sizes: Sizes
-
-
-class Transport(Protocol):
-    """Buffers for rounds, and their exchange."""
-
-    @property
-    def name(self) -> str:
-        """As in the config."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all buffers on this rank."""
-
-    def open(self, rounds: Sequence[RoundSizes], device: torch.device) -> list[Wire]:
-        """Buffers for rounds that take turns. Collective over WORLD."""
-
-    def exchange(self, wire: Wire) -> int:
-        """Bring what all ranks have put into ``sent`` to ``received``; bytes that this rank received.
-
-        Collective over WORLD; until the next `exchange`, or the end of the push, ``received`` stays.
-        """
-
-    def tell(self, failed: bool, number: int) -> list[Said]:
-        """What every rank says, in rank order. Collective over WORLD."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _CollectiveWire(Wire):
-    """With both buckets as bytes (not every library knows every dtype), and bytes by target and source."""
-
     outbox: Tensor
     inbox: Tensor
     bytes_sent: list[int]
@@ -97,9 +69,10 @@ class CollectiveTransport:
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        """Memory of the buckets on this rank."""
 
     def open(self, rounds: Sequence[RoundSizes], device: torch.device) -> list[Wire]:
-        """See `Transport.open`."""
+        """Buffers for rounds that take turns."""
         rank = dist.get_rank()
         outbox = _bytes(max((each.num_sent(rank) for each in rounds), default=0), device)
         inbox = _bytes(max((each.num_received(rank) for each in rounds), default=0), device)
@@ -108,10 +81,9 @@ class CollectiveTransport:
         for each in rounds:
             sent, received = outbox[: each.num_sent(rank)], inbox[: each.num_received(rank)]
             wires.append(
-                _CollectiveWire(
+                Wire(
                     sent=sent.view(each.dtype),
                     received=received.view(each.dtype).split(each.received(rank)),
-                    sizes=each.elements,
                     outbox=sent,
                     inbox=received,
                     bytes_sent=[count * each.dtype.itemsize for count in each.elements[rank]],
@@ -120,60 +92,44 @@ class CollectiveTransport:
             )
         return wires
 
-    def exchange(self, wire: Wire) -> int:
-        """See `Transport.exchange`."""
-        assert isinstance(wire, _CollectiveWire)
+    def exchange(self, wire: Wire) -> list[int]:
+        """Bring what all ranks have put into ``sent`` to ``received``; bytes that came from each rank.
+
+        Collective over WORLD; until the next `exchange`, ``received`` stays.
+        """
         dist.all_to_all_single(wire.inbox, wire.outbox, wire.bytes_received, wire.bytes_sent)
-        return wire.inbox.nbytes
+        return wire.bytes_received
 
     def tell(self, failed: bool, number: int) -> list[Said]:
-        """See `Transport.tell`."""
+        """What every rank says, in rank order. Collective over WORLD."""
         return tell_all(failed, number)
 
 
 class SharedMemoryTransport:
-    """Each rank fills its own bucket, which the others have mapped; they read it when all have said so.
+    """Ranks write to each other's engines themselves; what is left to exchange is a word through pipes.
 
-    A bucket has two halves that rounds take in turn: a rank that is a round ahead writes to the other.
-    Built collectively over WORLD.
+    Built collectively over WORLD, whose ranks have memory in common.
     """
 
     name = "shared_memory"
+    num_bytes = 0
 
     def __init__(self) -> None:
-        self.num_bytes = 0
-        self._pipes = Pipes(DEFAULT_TIMEOUT_S) if Pipes.are_possible() else None
+        self._pipes = Pipes(DEFAULT_TIMEOUT_S)
 
-    def open(self, rounds: Sequence[RoundSizes], device: torch.device) -> list[Wire]:
-        """See `Transport.open`; RolloutError on all ranks where one has no memory for it."""
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        halves = [
-            _aligned(max((each.num_sent(source) for each in rounds), default=0))
-            for source in range(world_size)
-        ]
-        buckets = share([half * min(len(rounds), 2) for half in halves])
-        self.num_bytes += buckets[rank].nbytes
-        wires = []
-        for number, each in enumerate(rounds):
-            starts = [number % 2 * half for half in halves]
-            sent = [
-                bucket[start : start + each.num_sent(source)].view(each.dtype)
-                for source, (bucket, start) in enumerate(zip(buckets, starts, strict=True))
-            ]
-            received = tuple(
-                sent[source].split(list(each.elements[source]))[rank] for source in range(world_size)
-            )
-            wires.append(Wire(sent=sent[rank], received=received, sizes=each.elements))
-        return wires
+    def exchange(self, written: Sequence[int]) -> list[int]:
+        """Say how many bytes this rank has written to each, all of it before; how many each has written here.
 
-    def exchange(self, wire: Wire) -> int:
-        """See `Transport.exchange`."""
-        self.tell(False, 0)
-        return sum(each.nbytes for each in wire.received)
+        Collective over WORLD.
+        """
+        return self._pipes.swap(written)
 
     def tell(self, failed: bool, number: int) -> list[Said]:
-        """See `Transport.tell`."""
-        return self._pipes.tell(failed, number) if self._pipes else tell_all(failed, number)
+        """What every rank says, in rank order. Collective over WORLD."""
+        return self._pipes.tell(failed, number)
+
+
+Transport: TypeAlias = CollectiveTransport | SharedMemoryTransport
 
 
 def choose(name: TransportName, device: torch.device) -> Transport:
@@ -184,7 +140,7 @@ def choose(name: TransportName, device: torch.device) -> Transport:
     """
     if name == "collective" or (name == "auto" and device.type != "cpu"):
         return CollectiveTransport()
-    if device.type == "cpu" and have_memory_in_common():
+    if device.type == "cpu" and have_memory_in_common() and Pipes.are_possible():
         return SharedMemoryTransport()
     if name == "auto":
         return CollectiveTransport()
@@ -192,10 +148,6 @@ def choose(name: TransportName, device: torch.device) -> Transport:
         "rollout.push_transport=shared_memory needs engines on the CPU, and all ranks on one Linux machine "
         "in one container; use rollout.push_transport=auto"
     )
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _bytes(size: int, device: torch.device) -> Tensor:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.vllm_engine import VllmEngine
 from mtrl.weight_push.copies import Copies
 from mtrl.weight_push.push import WeightPush
-from mtrl.weight_push.transport import Wire
 from tests.rollout.push_scenarios import PROMPTS, Case, open_case
 
 CASE = Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:d2")
@@ -51,12 +52,12 @@ class Ways:
 
     def with_a_bad_copy(self) -> None:
         first = self.push._rounds[0]
-        good, bad = first.outgoing, Copies([torch.zeros(2)], [torch.zeros(3)])
-        first.outgoing = bad if dist.get_rank() == 1 else good
+        good, bad = first.after, Copies([torch.zeros(2)], [torch.zeros(3)])
+        first.after = bad if dist.get_rank() == 1 else good
         try:
             self.push.run(policy_version=2)
         finally:
-            first.outgoing = good
+            first.after = good
 
     def before_the_pause(self) -> None:
         self._failing_on_rank_1(self.engine._llm.engine_core.engine_core, "pause_scheduler")
@@ -138,20 +139,39 @@ def failing_pushes(folder: str) -> dict[str, Any]:
     return found
 
 
+def without_room(folder: str) -> dict[str, Any]:
+    """Rank 1 has no room for its engine's weights in memory that others map; then it has."""
+    model, _, engine, through_buckets = open_case(replace(CASE, transport="collective"), Path(folder))
+    through_buckets.run(policy_version=1)
+    expected = engine.generate(PROMPTS, SAMPLING, seed=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    found: dict[str, Any] = {"must": ""}
+    try:
+        WeightPush(model, engine, torch.float32, transport="shared_memory")
+    except RolloutError as error:
+        found["must"] = str(error)
+    other = WeightPush(model, engine, torch.float32)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for name, push in (("without", other), ("with", WeightPush(model, engine, torch.float32))):
+        failed = ""
+        try:
+            push.run(policy_version=1)
+        except MtrlError as error:
+            failed = str(error)
+        same = not failed and engine.generate(PROMPTS, SAMPLING, seed=1) == expected
+        found[name] = {"transport": push.transport.name, "failed": failed, "same": same}
+    engine.shutdown()
+    return found
+
+
 def dying_push(folder: str) -> None:
     """Rank 1 dies before its second exchange; rank 0 leaves what it met in a file."""
     _, _, engine, push = open_case(CASE, Path(folder))
     push.run(policy_version=1)
-    real, number = push.transport.exchange, 0
-
-    def exchange(wire: Wire) -> int:
-        nonlocal number
-        number += 1
-        if number == 2 and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(wire)
-
-    push.transport.exchange = exchange  # type: ignore[method-assign]
+    if dist.get_rank() == 1:
+        push._rounds[1].exchange = partial(os.kill, os.getpid(), signal.SIGKILL)
     try:
         push.run(policy_version=2)
     except LostRanksError as error:

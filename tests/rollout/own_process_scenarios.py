@@ -35,12 +35,12 @@ def failures(folder: str) -> dict[str, Any]:
     first = engine.generate(PROMPTS, SAMPLING, seed=1)
     found["another weight"] = error_of(lambda: engine.plan_weights({"model.nothing.weight": (2, 2)}, {}))
     found["same prompt twice"] = error_of(lambda: engine.generate((PROMPTS[0], PROMPTS[0]), SAMPLING, seed=1))
-    bucket = push._rounds[0]
-    good = bucket.outgoing
+    entered = push._rounds[0]
+    good = entered.after
     if rank == 1:
-        bucket.outgoing = Copies([torch.zeros(2)], [torch.zeros(3)])
+        entered.after = Copies([torch.zeros(2)], [torch.zeros(3)])
     found["bad copy"] = error_of(lambda: push.run(policy_version=2))
-    bucket.outgoing = good
+    entered.after = good
     found["refused after it"] = refuses_to_sample(engine)
     found["versions"] = error_of(lambda: push.run(policy_version=2 + rank))
     found["refused after them"] = refuses_to_sample(engine)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.world import World, WorldError
-from tests.rollout.failure_scenarios import dying_push, failing_pushes
+from tests.rollout.failure_scenarios import dying_push, failing_pushes, without_room
 
 pytestmark = pytest.mark.vllm
 
@@ -44,6 +44,17 @@ def test_it_fails_on_all_ranks_and_the_engine_refuses_until_the_next_push(
 
 def test_an_engine_that_was_shut_down_takes_no_weights(failures: list[dict[str, Any]]) -> None:
     assert all("shut down" in rank["shut down"] for rank in failures)
+
+
+def test_a_rank_without_room_to_share_is_an_error_only_where_sharing_is_a_must(
+    rollout_world: World, tmp_path: Path
+) -> None:
+    for found in rollout_world.run(without_room, {"folder": str(tmp_path)}, size=2, timeout_s=120):
+        assert re.search(r"an engine could not allocate \d+ bytes of shared memory", found["must"])
+        assert "rollout.push_transport=auto" in found["must"]
+        assert found["with"] == {"transport": "shared_memory", "failed": "", "same": True}
+        # Its views went along when the weights were moved to where others map them.
+        assert found["without"] == {"transport": "collective", "failed": "", "same": True}
 
 
 def test_a_rank_that_dies_leaves_no_engine_with_mixed_weights(rollout_world: World, tmp_path: Path) -> None:
