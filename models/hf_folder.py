@@ -36,6 +36,10 @@ class Blocks:
         return (*outer, math.ceil(rows / self.rows), math.ceil(columns / self.columns))
 
 
+SQUARE = Blocks(rows=128, columns=128)
+"""Of DeepSeek-V3's format."""
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder's model, as its index names them.
 

@@ -13,6 +13,7 @@ from mtrl.models.stages import Stages
 from mtrl.parallel.errors import LayoutError
 from mtrl.parallel.layout import RankLayout
 from mtrl.parallel.spec import parse_rollout_spec, parse_training_spec
+from mtrl.weight_push.fp8_kinds import Fp8Kinds
 from mtrl.weight_push.kinds import Engines, Kind, kinds_of
 from mtrl.weight_push.nodes import Numbers
 from mtrl.weight_push.score import Score, compare, score
@@ -21,7 +22,7 @@ NUM_SHOWN = 8
 ITEMSIZE = 2
 """Bytes of a weight on the wire: bfloat16. What a family keeps in float32 counts 4, what is in FP8 1."""
 
-RolloutDtype = Literal["bfloat16", "fp8"]
+RolloutDtype = Literal["bf16", "fp8"]
 KindsFor = Callable[[Engines], Sequence[Kind]]
 
 
@@ -46,12 +47,11 @@ class PushScore:
         gpus_per_node: int,
         *,
         expert_parallel: bool,
-        dtype: RolloutDtype = "bfloat16",
+        dtype: RolloutDtype = "bf16",
     ) -> "PushScore":
         """Of allocation strings and a Hugging Face folder, of which only ``config.json`` is read.
 
-        ``fp8`` imports torch. The 4 bytes that ranks tell each other first for each part of a block that they
-        share are not counted.
+        The 4 bytes that ranks tell each other first for each part of a block that they share are not counted.
 
         Raises:
             SpecError, ModelError: a string or the config cannot be read; fp8 with experts that are fused.
@@ -121,10 +121,8 @@ class PushScore:
 
 
 def _kinds_for(config: ModelConfig, layout: RankLayout, stages: Stages, dtype: RolloutDtype) -> KindsFor:
-    if dtype == "bfloat16":
+    if dtype == "bf16":
         return lambda engines: kinds_of(config, layout, engines, stages, ITEMSIZE)
-    from mtrl.weight_push.fp8_kinds import Fp8Kinds  # imports torch, which bfloat16 does without
-
     return Fp8Kinds.of(config, layout, stages, ITEMSIZE)
 
 

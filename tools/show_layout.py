@@ -8,7 +8,7 @@
 With a trainer's and a rollout's string it also says what a push of new weights moves, and which rollout
 layouts would need the fewest bytes: in bfloat16, or in the FP8 of rollout.dtype: fp8 with its scales. Layouts
 that are refused, as for FP8's blocks, are not compared. Of the model's folder only ``config.json`` is read.
-Needs no GPU, no installation, and torch for FP8 alone. Ends with 1 where a spec does not fit the model, or
+Needs no GPU, no torch and no installation. Ends with 1 where a spec does not fit the model, or
 cannot have the dtype.
 """
 
@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rollout-dtype",
         choices=get_args(RolloutDtype),
-        default="bfloat16",
-        help="what engines keep weights in, as rollout.dtype: bf16 or fp8; default bfloat16",
+        default="bf16",
+        help="what engines keep weights in, as rollout.dtype; default bf16",
     )
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; shows each rank's share of it")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")

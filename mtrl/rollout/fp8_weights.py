@@ -7,18 +7,18 @@ weight. vLLM reads the same of checkpoints that are published in it. Pure.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mtrl.models.backends.torch_native.fp8 import SQUARE
 from mtrl.models.boxes import Box, parse_pattern
 from mtrl.models.config import ModelConfig
 from mtrl.models.families import Weight, family_named
-from mtrl.models.hf_folder import SCALE_SUFFIX
+from mtrl.models.hf_folder import SCALE_SUFFIX, SQUARE
 from mtrl.models.roles import Role
 from mtrl.parallel.errors import LayoutError, ModelError
 from mtrl.parallel.spec import RolloutSpec
+
+if TYPE_CHECKING:
+    import torch
 
 _ROLES: frozenset[Role] = frozenset((
     "attention.query", "attention.key", "attention.value", "attention.output",
@@ -51,8 +51,10 @@ def with_scales(shapes: Mapping[str, tuple[int, ...]], names: tuple[str, ...]) -
     return {**shapes, **{name + SCALE_SUFFIX: SQUARE.grid(shapes[name]) for name in names}}
 
 
-def fp8_dtypes(names: Iterable[str]) -> dict[str, torch.dtype]:
+def fp8_dtypes(names: Iterable[str]) -> "dict[str, torch.dtype]":
     """Dtypes of FP8 weights, and of their scales."""
+    import torch  # which the other rules do without: show_layout asks them
+
     return {
         each: dtype
         for name in names

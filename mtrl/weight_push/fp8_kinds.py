@@ -1,18 +1,17 @@
 """The kinds of a push to engines with FP8 weights: elements of one byte, and scales as kinds of their own.
 
-Pure, but imports torch with ``fp8_weights.py``, whose rules it shares: which weights, and which engines are
-refused. What ranks tell each other first of blocks that they share, 4 bytes for each part of a block
-(``fp8_images.py``), is no kind and not counted: who is told depends on who sends, so on the plan.
+Pure. The rules are those of ``fp8_weights.py``: which weights, and which engines are refused. What ranks tell
+each other first of blocks that they share, 4 bytes for each part of a block (``fp8_images.py``), is no kind
+and not counted: who is told depends on who sends, so on the plan.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from mtrl.models.backends.torch_native.fp8 import SQUARE
 from mtrl.models.boxes import Range
 from mtrl.models.config import ModelConfig
-from mtrl.models.hf_folder import SCALE_SUFFIX
+from mtrl.models.hf_folder import SCALE_SUFFIX, SQUARE
 from mtrl.models.stages import Stages
 from mtrl.parallel.layout import RankLayout
 from mtrl.rollout.fp8_weights import block_box, check_sliced, fp8_names

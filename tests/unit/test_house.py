@@ -29,6 +29,7 @@ PURE = {
     "mtrl.packing": HEAVY,
     "mtrl.config": HEAVY,
     "mtrl.weight_push.score": ("torch", *HEAVY),
+    "mtrl.weight_push.fp8_kinds": ("torch", *HEAVY),
 }
 # Under these names the parts of mtrl would be loaded a second time.
 BANNED_IMPORTS = {"parallel", "models", "tools"}

@@ -174,9 +174,9 @@ def test_the_tables_say_the_dtype_and_what_is_not_counted(
     assert main([*arguments, "fp8"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "those 4 bytes for each part of a block are not counted." in printed
-    assert main([*arguments, "bfloat16"]) == 0
+    assert main([*arguments, "bf16"]) == 0
     printed = capsys.readouterr().out
-    assert "a push in bfloat16 to vllm:d2" in printed and "share" not in printed.partition("a push in")[2]
+    assert "a push in bf16 to vllm:d2" in printed and "share" not in printed.partition("a push in")[2]
 
 
 def test_of_a_large_model_an_engine_reads_a_byte_a_weight_and_a_4096th_more() -> None:
@@ -184,7 +184,7 @@ def test_of_a_large_model_an_engine_reads_a_byte_a_weight_and_a_4096th_more() ->
     start = time.process_time()
     one, other = (
         PushScore.of(train, rollout, CONFIGS / "DeepSeek-V3", 8, expert_parallel=True, dtype=dtype).given
-        for dtype in ("bfloat16", "fp8")
+        for dtype in ("bf16", "fp8")
     )
     assert time.process_time() - start < 10
     # Embedding, output layer and routers stay bfloat16: 2 of 671 billion, but of one rank's part more.

@@ -87,10 +87,12 @@ def test_a_push_that_cannot_be_is_refused(
     assert captured.err.startswith(message) and captured.out == ""
 
 
-def test_it_loads_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_it_loads_no_torch(tmp_path: Path, dtype: str) -> None:
     script = Path(__file__).parents[2] / "tools" / "show_layout.py"
     run = (
         f"import runpy, sys; sys.argv = [sys.argv[1], 'megatron:d2', 'vllm:t2', '--model', {QWEN!r}]\n"
+        f"sys.argv += ['--rollout-dtype', {dtype!r}]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as done: sys.exit(done.code or ('torch' in sys.modules))"
     )

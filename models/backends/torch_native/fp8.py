@@ -33,13 +33,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mtrl.models import hf_folder
 from mtrl.models.hf_folder import Blocks
 from mtrl.models.precision import Fp8, GradientFormat, Products
 
-SIZE = 128
+SQUARE = hf_folder.SQUARE
+SIZE = SQUARE.rows
 REFERENCE = Fp8()
 ALONG_ROWS = Blocks(rows=1, columns=SIZE)
-SQUARE = Blocks(rows=SIZE, columns=SIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
