@@ -228,11 +228,12 @@ class RolloutSection(Section):
     """How many pushes, counted from the start of the process, are checked."""
 
     push_transport: Literal["auto", "collective", "shared_memory"] = "auto"
-    """How weights travel between ranks: by torch.distributed's all-to-all, or in memory that the processes
-    of one machine share (CPU only). ``auto`` shares where it can."""
+    """How weights travel between ranks: by torch.distributed's all-to-all, or, where all are processes of one
+    machine with engines on the CPU, by writing to each other's engines. ``auto`` does that where it can."""
 
     push_bucket_bytes: PositiveInt = 2**28
-    """Memory for travelling weights, in bytes on each rank; a larger tensor takes what it needs."""
+    """Memory for travelling weights, in bytes on each rank; a larger tensor takes what it needs. Ranks that
+    write to each other's engines take none, but for quantising to FP8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,8 @@ def open_session(job: Job, folder: RunFolder, started_at: float) -> Iterator[Ses
             config.rollout.verify_pushes,
         )
     progress = open_progress(config.logging.progress, rank=model.groups.rank)
+    if sampling is not None and sampling.push.remark:
+        progress.message(sampling.push.remark)
     checkpointer = Checkpointer(
         folder.checkpoints_path,
         keep_last=config.checkpoint.keep_last,

@@ -300,7 +300,8 @@ class Session:
             return used
         dtype = config.rollout.dtype
         sampler = weights_precision(config) if dtype == "auto" else dtype
-        return {**used, "sampler": sampler, "sampler_process": config.rollout.process}
+        push = self.sampling.push.transport.name if self.sampling else ""
+        return {**used, "sampler": sampler, "sampler_process": config.rollout.process, "push_transport": push}
 
     def is_due(self, every_steps: int, step: int, total_steps: int) -> bool:
         """Whether something done every so many steps of a phase falls on ``step``; never on the last."""

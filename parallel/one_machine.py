@@ -60,14 +60,21 @@ def memory_file(size: int) -> int:
     return own
 
 
-def map_file(pid: int | Literal["self"], number: int, size: int, start: int = 0) -> Tensor:
-    """Bytes of a process's file in memory, which live as long as somebody has them mapped."""
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+def map_file(pid: int | Literal["self"], number: int, parts: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Parts of a process's file in memory, each of (start, size) in bytes and with a storage of its own.
+
+    They live as long as somebody has them mapped, and take one descriptor together.
+    """
+    if not any(size for _, size in parts):
+        return [torch.empty(0, dtype=torch.uint8) for _ in parts]
     with open(f"/proc/{pid}/fd/{number}", "r+b") as file:
-        mapped = mmap.mmap(file.fileno(), start - page + size, offset=page)
-    return torch.frombuffer(mapped, dtype=torch.uint8, offset=start - page)
+        mapped = mmap.mmap(file.fileno(), 0)
+    return [
+        torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=start)
+        if size
+        else torch.empty(0, dtype=torch.uint8)
+        for start, size in parts
+    ]
 
 
 class Pipes:

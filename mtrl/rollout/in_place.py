@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtrl.batch import Completion, Prompt
 from mtrl.parallel.agreement import Tell, agree_on, tell_all
-from mtrl.parallel.errors import LostRanksError, RolloutError
+from mtrl.parallel.errors import LostRanksError, RolloutError, WeightError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout.kernel_layout import KernelLayout, PackBlocks, Ranges
 from mtrl.rollout.loader_record import LoaderRecord, RecordedCopy
@@ -160,8 +160,14 @@ class InPlaceEngine(ABC):
         return self._places.placed(copy, ranges)
 
     def replay(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write full tensors to all their places, as vLLM's loader would."""
+        """Write full tensors to all their places, as vLLM's loader would.
+
+        Raises:
+            WeightError: there is none for it: the engine was asked for other weights since.
+        """
         for name, tensor in tensors.items():
+            if not self._places.has_place_for(name):
+                raise WeightError(f"the engine has no place for {name} any more; make a new WeightPush")
             self._places.replay(name, tensor)
 
     def holds(self, name: str, tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ They write to them as if they were their own; nothing is copied.
 
 import base64
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -42,7 +43,8 @@ def map_weights(
     """The same tensors in this process, by descriptors of its own, or of the process ``pid``."""
     device = torch.device(shared["device"])
     if device.type == "cpu":
-        storages = [map_file(pid, number, shared["size"]).untyped_storage() for number in descriptors]
+        whole = [(0, shared["size"])]
+        storages = [map_file(pid, number, whole)[0].untyped_storage() for number in descriptors]
     else:
         torch.cuda.init()
         storages = [torch.UntypedStorage._new_shared_cuda(*map(_from_json, each)) for each in shared["ipc"]]
@@ -68,9 +70,15 @@ def _moved(tensors: Mapping[str, Tensor]) -> tuple[Shared, list[int]]:
     for key, storage in old.items():
         starts[key] = size
         size += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
+    number = -1
     try:
         number = memory_file(size)
+        # Each is a storage of its own still: by them vLLM's loader is followed to where it writes.
+        parts = [(start, old[key].nbytes()) for key, start in starts.items()]
+        new = dict(zip(starts, map_file("self", number, parts), strict=True))
     except (OSError, MemoryError) as error:
+        if number >= 0:
+            os.close(number)
         raise RolloutError(
             f"an engine could not allocate {size} bytes of shared memory for its weights: {error}; free "
             "memory, or use rollout.process=trainer with rollout.push_transport=auto"
@@ -78,33 +86,33 @@ def _moved(tensors: Mapping[str, Tensor]) -> tuple[Shared, list[int]]:
     where = {
         name: _place(tensor, starts[tensor.untyped_storage()._cdata]) for name, tensor in tensors.items()
     }
-    for key in list(old):
-        # Each is a storage of its own still: by them vLLM's loader is followed to where it writes.
-        new = map_file("self", number, old[key].nbytes(), starts[key])
-        new.copy_(torch.empty(0, dtype=torch.uint8).set_(old.pop(key)))
+    for key, to in new.items():
+        to.copy_(torch.empty(0, dtype=torch.uint8).set_(old.pop(key)))
         for user in users.pop(key):
             user.data = torch.empty(0, dtype=user.dtype).set_(
-                new.untyped_storage(), user.storage_offset(), tuple(user.shape), user.stride()
+                to.untyped_storage(), user.storage_offset(), tuple(user.shape), user.stride()
             )
     return {"device": "cpu", "size": size, "tensors": where}, [number]
 
 
 def _users(storages: Mapping[int, object]) -> dict[int, list[Tensor]]:
     """All tensors of this process that live in these storages, by storage."""
+    found: dict[int, list[Tensor]] = {key: [] for key in storages}
     was_frozen = gc.get_freeze_count() > 0
     gc.unfreeze()  # vLLM hides what it has made from the collector
-    gc.collect()
-    found: dict[int, list[Tensor]] = {key: [] for key in storages}
-    for each in gc.get_objects():
-        if (
-            issubclass(type(each), Tensor)
-            and each.layout is torch.strided
-            and each.device.type == "cpu"
-            and (key := each.untyped_storage()._cdata) in found
-        ):
-            found[key].append(each)
-    if was_frozen:
-        gc.freeze()
+    try:
+        gc.collect()
+        for each in gc.get_objects():
+            if (
+                issubclass(type(each), Tensor)
+                and each.layout is torch.strided
+                and each.device.type == "cpu"
+                and (key := each.untyped_storage()._cdata) in found
+            ):
+                found[key].append(each)
+    finally:
+        if was_frozen:
+            gc.freeze()
     return found
 
 

@@ -19,13 +19,14 @@ class StorageWatch:
         self._known = [(owner, name, owner[name].untyped_storage()) for owner, name in live]
         self._next = 0
 
-    def check(self) -> None:
-        """Look at some of them, others each time, so that the cost does not grow with their number.
+    def check(self, *, every: bool = False) -> None:
+        """Look at ``every`` one of them, or at some, others each time, so that the cost does not grow with
+        their number.
 
         Raises:
             WeightError: one was replaced.
         """
-        some = self._known[self._next : self._next + NUM_AT_ONCE]
+        some = self._known if every else self._known[self._next : self._next + NUM_AT_ONCE]
         self._next = self._next + NUM_AT_ONCE if len(some) == NUM_AT_ONCE else 0
         moved = [name for owner, name, was in some if owner[name].untyped_storage()._cdata != was._cdata]
         if moved:

@@ -24,6 +24,7 @@ from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
 from mtrl.rollout.in_place import InPlaceEngine
 from mtrl.rollout.kernel_layout import KernelLayout, PackBlocks
 from mtrl.rollout.loader_record import LoaderRecord
+from mtrl.rollout.places import Places
 from mtrl.rollout.protocol import SamplingSettings
 from mtrl.rollout.seeds import completion_seed
 from mtrl.rollout.vllm_samples import check_request, completion_of, requests, sampling_params
@@ -213,6 +214,7 @@ class VllmEngine(InPlaceEngine):
             vllm_process.release_groups()
         self._llm = self._model = self._worker = None
         self._loader = self._group = None  # type: ignore[assignment]
+        self._places = Places({}, {})
         self._derived = []
         self.close_shared()
         self.void()

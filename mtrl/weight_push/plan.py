@@ -2,7 +2,7 @@
 
 ``needs`` says what a rank's engine reads of each Hugging Face tensor, from the record of vLLM's own loader.
 The plan (``nodes.py``) gives each needed element one source, so that a rank receives exactly the elements of
-need minus have; ``rounds.py`` turns it into lists of views, ``push.py`` runs through them.
+need minus have; ``rounds.py`` and ``windows.py`` turn it into lists of views, ``push.py`` runs through them.
 """
 
 from collections.abc import Collection, Iterable, Sequence

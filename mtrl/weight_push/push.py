@@ -57,9 +57,10 @@ class Counts:
 class WeightPush:
     """A planned push from one model into one engine, which has its weights' record taken here.
 
-    Built collectively over WORLD. The parameters of both sides keep their storage from then on; a push
-    refuses when they have not. ``bucket_bytes`` bounds what is allocated for travel, unless one tensor is
-    larger; nothing is where ranks write to each other's engines. ``num_verified`` first pushes compare
+    Built collectively over WORLD. The parameters of both sides keep their storage from then on: pushes
+    look, and refuse when they have not; one that is planned later may move the engine's.
+    ``bucket_bytes`` bounds what is allocated for travel, unless one tensor is larger, and for quantising;
+    where ranks write to each other's engines travel takes nothing. ``num_verified`` first pushes compare
     checksums of what was sent and of what the engine holds; ``node_of`` is each rank's node, torchrun's
     unless given.
     """
@@ -93,7 +94,11 @@ class WeightPush:
         self._nodes = node_of or gather_json(int(os.environ.get("GROUP_RANK", "0")))
         self.plan = plan_push(model.weight_map, everyones, self._nodes, fp8=fp8)
         self.transport: Transport = choose(transport, engine.device)
-        self._buckets = CollectiveTransport()
+        self.remark = ""
+        """Why it goes another way than was asked for; empty where it does not."""
+        self._buckets = (
+            self.transport if isinstance(self.transport, CollectiveTransport) else CollectiveTransport()
+        )
         rounds = partial(
             make_rounds,
             transport=self._buckets,
@@ -120,7 +125,7 @@ class WeightPush:
         self._watch = StorageWatch(live)
 
     @property
-    def bucket_bytes(self) -> int:
+    def allocated_bucket_bytes(self) -> int:
         """Memory of this rank's buckets."""
         return self._buckets.num_bytes
 
@@ -131,7 +136,7 @@ class WeightPush:
         """
         staged = sum(tensor.nbytes for tensor in self.staging.values())
         images = self._images.num_bytes if self._images else 0
-        return self.bucket_bytes + staged + images + self._copies.num_bytes
+        return self.allocated_bucket_bytes + staged + images + self._copies.num_bytes
 
     def run(self, *, policy_version: int) -> int:
         """Push, and make ``policy_version`` the engine's version. Collective over WORLD.
@@ -164,11 +169,11 @@ class WeightPush:
         ]
         names = {each.name for each in travelling if each.target == self._rank}
         try:
-            windows = open_windows(self._engine, record, self.staging, names) if travelling else []
-        except RolloutError:
+            windows = open_windows(self._engine, record, self.staging, names) if travelling else {}
+        except RolloutError as error:
             if is_must:
                 raise
-            self.transport = self._buckets
+            self.transport, self.remark = self._buckets, f"weights are pushed through buckets: {error}"
             return None
         return make_writes(
             self.plan,
@@ -176,6 +181,7 @@ class WeightPush:
             windows,
             transport=self.transport,
             rank=self._rank,
+            world_size=len(self._nodes),
             pack=self._engine.block_packer(),
         )
 
@@ -194,7 +200,7 @@ class WeightPush:
         self._engine.replay(self.staging)
 
     def _steps(self) -> Iterator[Callable[[], None]]:
-        yield self._watch.check
+        yield partial(self._watch.check, every=self._num_verified > 0)
         yield self._copies.renew
         if self._images is not None:
             yield self._images.measure
@@ -208,7 +214,7 @@ class WeightPush:
         failed = _attempt(each.before)
         try:
             arrived = each.exchange()
-        except RuntimeError as error:  # of torch.distributed: a rank has died, or taken another way
+        except RuntimeError as error:  # of torch.distributed or pipes: a rank has died, or gone another way
             raise LostRanksError(f"the push lost other ranks: {error}") from error
         self.counts.bytes_received += sum(arrived)
         self.counts.bytes_across += sum(

@@ -63,9 +63,8 @@ def make_rounds(
 ) -> Rounds:
     """The plan by way of buckets, cut so that no rank sends or receives more than ``bucket_bytes`` a round.
 
-    A tensor larger than that has a round of its own; ``pack`` writes what it is faster with. Collective over
-    WORLD.
-    """  # fmt: skip
+    A tensor larger than that has a round of its own; ``pack`` writes what it is faster with.
+    """
     cut: list[tuple[list[Transfer], Look]] = []
     for stage, read in ((plan.first, views.held), (plan.forwarded, views.delivered)):
         for dtype in dict.fromkeys(dtype_of(each.name) for each in stage.transfers):

@@ -112,7 +112,6 @@ class SharedMemoryTransport:
     """
 
     name = "shared_memory"
-    num_bytes = 0
 
     def __init__(self) -> None:
         self._pipes = Pipes(DEFAULT_TIMEOUT_S)

@@ -5,10 +5,11 @@ record of their loaders where which element goes; so a push has no buckets, and 
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from mtrl.models.boxes import Box
@@ -30,8 +31,8 @@ from mtrl.weight_push.views import EngineViews, Views, matched
 
 def open_windows(
     engine: InPlaceEngine, record: LoaderRecord, staging: Mapping[str, Tensor], names: Collection[str]
-) -> list[EngineViews]:
-    """Every rank's engine as far as other ranks write to it; ``names`` are what travels to this one.
+) -> dict[int, EngineViews]:
+    """The other ranks' engines as far as this one writes to them; ``names`` are what travels to this one.
 
     Collective over WORLD, whose ranks have memory in common. From then on the engine's weights lie in it.
 
@@ -51,17 +52,20 @@ def open_windows(
             "layouts": {name: [each.rows, each.columns] for name, each in engine.layouts.items()},
             "record": record.only(names).to_json(),
         }
-    except RolloutError as caught:
+    except Exception as caught:  # told to all ranks at once
         error = caught
-    everyones = gather_json(said)
-    agree(error, kind=RolloutError)
+    windows: dict[int, EngineViews] = {}
     try:
-        windows = [_window(each) for each in everyones]
-    except (OSError, ValueError) as caught:
-        error = caught
-    agree(error, kind=RolloutError)  # and everyone has mapped everything
-    for number in files:
-        os.close(number)
+        everyones = gather_json(said)
+        agree(error, kind=RolloutError)
+        try:
+            windows = {rank: _window(each) for rank, each in enumerate(everyones) if rank != dist.get_rank()}
+        except Exception as caught:  # told to all ranks at once
+            error = caught
+        agree(error, kind=RolloutError)  # and everyone has mapped everything
+    finally:
+        for number in files:
+            os.close(number)
     return windows
 
 
@@ -85,21 +89,22 @@ def doubled(views: EngineViews, name: str, box: Box) -> Iterator[Pair]:
 def make_writes(
     plan: NodePlan,
     views: Views,
-    windows: Sequence[EngineViews],
+    windows: Mapping[int, EngineViews],
     *,
     transport: SharedMemoryTransport,
     rank: int,
+    world_size: int,
     pack: PackBlocks | None,
 ) -> Rounds:
     """The plan as writes. The first round's exchange says that every rank is in the update, each later one's
     that what was written before is there; what an engine keeps twice, it then copies itself.
     """
-    rounds = [Round(exchange=partial(transport.exchange, [0] * len(windows)))]
+    rounds = [Round(exchange=partial(transport.exchange, [0] * world_size))]
     for stage, read in ((plan.first, views.held), (plan.forwarded, views.delivered)):
         travelling = [each for each in stage.transfers if each.source != each.target]
         if not travelling:
             continue
-        doubles, written = Copies(), [0] * len(windows)
+        doubles, written = Copies(), [0] * world_size
         for each in travelling:
             if each.source == rank:
                 pairs = list(matched(read, windows[each.target].delivered, each.name, each.box))

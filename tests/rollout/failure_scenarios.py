@@ -1,5 +1,6 @@
 """What ranks run for the tests of pushes that fail."""
 
+import gc
 import json
 import os
 import resource
@@ -139,12 +140,26 @@ def failing_pushes(folder: str) -> dict[str, Any]:
     return found
 
 
+def num_open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def error_of(push: WeightPush, *, policy_version: int = 1) -> str:
+    try:
+        push.run(policy_version=policy_version)
+    except MtrlError as error:
+        return str(error)
+    return ""
+
+
 def without_room(folder: str) -> dict[str, Any]:
     """Rank 1 has no room for its engine's weights in memory that others map; then it has."""
     model, _, engine, through_buckets = open_case(replace(CASE, transport="collective"), Path(folder))
     through_buckets.run(policy_version=1)
     expected = engine.generate(PROMPTS, SAMPLING, seed=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = num_open_files(), {name: each.data_ptr() for name, each in engine.destinations.items()}
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     found: dict[str, Any] = {"must": ""}
@@ -152,16 +167,43 @@ def without_room(folder: str) -> dict[str, Any]:
         WeightPush(model, engine, torch.float32, transport="shared_memory")
     except RolloutError as error:
         found["must"] = str(error)
-    other = WeightPush(model, engine, torch.float32)
+    after = num_open_files(), {name: each.data_ptr() for name, each in engine.destinations.items()}
+    found["moved"], found["left open"] = after[1] != before[1], after[0] - before[0]
+    without = WeightPush(model, engine, torch.float32)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    for name, push in (("without", other), ("with", WeightPush(model, engine, torch.float32))):
-        failed = ""
-        try:
-            push.run(policy_version=1)
-        except MtrlError as error:
-            failed = str(error)
+    found["remark"] = without.remark
+    for name, push in (("without", without), ("with", WeightPush(model, engine, torch.float32))):
+        failed = error_of(push)
         same = not failed and engine.generate(PROMPTS, SAMPLING, seed=1) == expected
         found[name] = {"transport": push.transport.name, "failed": failed, "same": same}
+    failed = [error_of(without) for _ in range(10)]
+    found["an older push"] = next(filter(None, failed), "")
+    engine.shutdown()
+    del push, without, through_buckets
+    found["open at the end"] = num_open_files() - before[0]
+    return found
+
+
+def late_pause(folder: str) -> dict[str, bool]:
+    """Whether rank 1's engine, which pauses later than rank 0's, is as it was until then, and other after."""
+    model, _, engine, push = open_case(CASE, Path(folder))
+    assert isinstance(engine, VllmEngine)
+    push.run(policy_version=1)
+    was = {name: tensor.clone() for name, tensor in engine.destinations.items()}
+    core, found = engine._llm.engine_core.engine_core, {"until the pause": True}
+    pause = core.pause_scheduler
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.5 * dist.get_rank())
+        found["until the pause"] = all(was[name].equal(each) for name, each in engine.destinations.items())
+        return pause(*arguments, **options)
+
+    core.pause_scheduler = late
+    with torch.no_grad():
+        for parameter in model.parameters().values():
+            parameter.mul_(1.5)
+    push.run(policy_version=2)
+    found["after"] = all(was[name].equal(each) for name, each in engine.destinations.items())
     engine.shutdown()
     return found
 

@@ -47,7 +47,7 @@ def failures(folder: str) -> dict[str, Any]:
     push.run(policy_version=1)
     found["recovers"] = engine.generate(PROMPTS, SAMPLING, seed=1) == first
 
-    def die() -> None:
+    def die(*, every: bool) -> None:
         if rank == 1:
             engine._process.send_signal(signal.SIGKILL)
 
@@ -70,7 +70,7 @@ def dying_trainer(folder: str) -> None:
     (Path(folder) / f"engine{dist.get_rank()}").write_text(str(engine._process.pid))
     dist.barrier()
 
-    def die() -> None:
+    def die(*, every: bool) -> None:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 

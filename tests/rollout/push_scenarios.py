@@ -189,7 +189,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         "across": gather_json(push.counts.bytes_across),
         "rounds": push.counts.num_rounds / NUM_UPDATES,
         "transport": push.transport.name,
-        "buckets": push.bucket_bytes,
+        "buckets": push.allocated_bucket_bytes,
     }
     engine.shutdown()
     groups.destroy()

@@ -98,7 +98,9 @@ def test_a_node_receives_exactly_what_it_lacks(pushes: Pushes, size: int, case: 
 
 
 @each_case
-def test_rounds_and_memory_are_shared(pushes: Pushes, size: int, case: str) -> None:
+def test_ranks_of_a_machine_write_without_buckets_and_others_share_a_few(
+    pushes: Pushes, size: int, case: str
+) -> None:
     for result in pushes(size):
         travels = any(r[case]["lacking_bytes"] for r in pushes(size))
         assert result[case]["transport"] == ("collective" if "collective" in case else "shared_memory")

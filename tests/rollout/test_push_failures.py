@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.world import World, WorldError
-from tests.rollout.failure_scenarios import dying_push, failing_pushes, without_room
+from tests.rollout.failure_scenarios import dying_push, failing_pushes, late_pause, without_room
 
 pytestmark = pytest.mark.vllm
 
@@ -46,15 +46,39 @@ def test_an_engine_that_was_shut_down_takes_no_weights(failures: list[dict[str, 
     assert all("shut down" in rank["shut down"] for rank in failures)
 
 
+@pytest.fixture(scope="module")
+def without(rollout_world: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = str(tmp_path_factory.mktemp("without"))
+    results: list[dict[str, Any]] = rollout_world.run(without_room, {"folder": folder}, size=2, timeout_s=120)
+    return results
+
+
 def test_a_rank_without_room_to_share_is_an_error_only_where_sharing_is_a_must(
-    rollout_world: World, tmp_path: Path
+    without: list[dict[str, Any]],
 ) -> None:
-    for found in rollout_world.run(without_room, {"folder": str(tmp_path)}, size=2, timeout_s=120):
+    for found in without:
         assert re.search(r"an engine could not allocate \d+ bytes of shared memory", found["must"])
         assert "rollout.push_transport=auto" in found["must"]
         assert found["with"] == {"transport": "shared_memory", "failed": "", "same": True}
-        # Its views went along when the weights were moved to where others map them.
         assert found["without"] == {"transport": "collective", "failed": "", "same": True}
+        assert found["remark"].startswith("weights are pushed through buckets: ")
+        assert "could not allocate" in found["remark"]
+    assert not without[1]["moved"]
+
+
+def test_a_push_planned_before_weights_were_moved_says_so(without: list[dict[str, Any]]) -> None:
+    assert all("is not where it was when the push was planned" in each["an older push"] for each in without)
+
+
+def test_no_file_stays_open(without: list[dict[str, Any]]) -> None:
+    # Rank 0's engine has its weights in a file by then, which stays open and mapped.
+    assert [each["left open"] for each in without] == [2, 0]
+    assert all(each["open at the end"] <= 0 for each in without)
+
+
+def test_no_rank_writes_to_an_engine_that_has_not_paused(rollout_world: World, tmp_path: Path) -> None:
+    for found in rollout_world.run(late_pause, {"folder": str(tmp_path)}, size=2, timeout_s=120):
+        assert found == {"until the pause": True, "after": False}
 
 
 def test_a_rank_that_dies_leaves_no_engine_with_mixed_weights(rollout_world: World, tmp_path: Path) -> None:
