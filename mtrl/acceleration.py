@@ -38,6 +38,7 @@ def check_acceleration(
     _check_dispatch(config, actor, model)
     check_overlap(config, actor, model)
     _check_backend(config, model)
+    _check_moe_backend(config, model)
     _check_fp8_rollout(config, model)
     _check_memory(config)
     _check_optimizer(config)
@@ -73,6 +74,10 @@ def _asked(config: Config) -> Iterator[tuple[str, str, str]]:
     if (fraction := config.actor.optimizer.offload_fraction) > 0:
         key = "actor.optimizer.offload_fraction"
         yield f"{key}: {fraction:g}", "host_optimizer", f"{key}=0"
+    if config.rollout.moe_backend == "flashinfer_cutlass":
+        yield (
+            "rollout.moe_backend: flashinfer_cutlass", "flashinfer_experts", "rollout.moe_backend=triton"
+        )  # fmt: skip
     if config.rollout.sleep:
         yield "rollout.sleep: true", "sleep", "rollout.sleep=false"
     if _has_fp8_rollout(config):
@@ -127,6 +132,24 @@ def _check_fp8_rollout(config: Config, model: ModelConfig) -> None:
     if _has_fp8_rollout(config):
         fp8_names(model)
         check_sliced(model, rollout_spec(config), expert_parallel=config.rollout.expert_parallel)
+
+
+def _check_moe_backend(config: Config, model: ModelConfig) -> None:
+    if config.rollout.moe_backend == "triton":
+        return
+    reasons = {
+        "with sft, which has no engine": config.algorithm.name != "grpo",
+        "for a dense model, which has no experts": model.moe is None,
+        "for experts with biases, which vLLM 0.32 leaves in their order while gate and up change places": (
+            model.linear_bias
+        ),
+        "with rollout.dtype fp8, whose experts are computed with triton alone": _has_fp8_rollout(config),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"rollout.moe_backend: given {config.rollout.moe_backend} {reason}; write triton"
+            )
 
 
 def _check_optimizer(config: Config) -> None:

@@ -193,6 +193,10 @@ class RolloutSection(Section):
     expert_parallel: bool = False
     """Whole experts on each ``t`` rank of an engine, not slices; no effect at t1 or on dense models."""
 
+    moe_backend: Literal["triton", "flashinfer_cutlass"] = "triton"
+    """vLLM's kernels for experts in bf16 on GPUs. On Hopper triton's are the faster ones, by what vLLM itself
+    prefers; ``flashinfer_cutlass`` keeps gate and up the other way round, which a push does too."""
+
     n_samples: PositiveInt = 8
     """Completions of each prompt: the size of a group."""
 

@@ -191,6 +191,7 @@ def _start_engine(job: Job, folder: RunFolder, trainer: Trainer) -> Sampling:
         seed=job.config.seed,
         kv_cache_bytes=config.kv_cache_bytes,
         expert_parallel=config.expert_parallel,
+        moe_backend=config.moe_backend,
     )
     engine: InPlaceEngine
     if config.process == "own":

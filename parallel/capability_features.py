@@ -9,7 +9,7 @@ FeatureName = Literal[
     "train", "rollout", "fused_adam", "fused_logprobs",
     "transformer_engine", "fp8_delayed", "fp8_blockwise", "mxfp8", "deepep",
     "hybridep", "permute_fusion", "tp_comm_overlap", "wgrad_fusion", "bf16_moments", "host_optimizer",
-    "fp8_rollout", "sleep",
+    "fp8_rollout", "flashinfer_experts", "sleep",
 ]  # fmt: skip
 
 
@@ -126,6 +126,18 @@ FEATURES: tuple[Feature, ...] = (
         any_of=("vllm",),
         hardware=Hardware(
             sm=((7, 0),), or_newer=True, cuda=(12, 0), source="vLLM: its allocator for sleep mode"
+        ),
+    ),
+    Feature(
+        name="flashinfer_experts",
+        what="rollout.moe_backend: flashinfer_cutlass",
+        any_of=("vllm",),
+        symbols=("flashinfer.fused_moe:cutlass_fused_moe",),
+        hardware=Hardware(
+            sm=((9, 0), (10, 0), (12, 0)),
+            or_newer=False,
+            cuda=None,
+            source="vLLM 0.32: FlashInferExperts._supports_current_device",
         ),
     ),
     Feature(

@@ -25,10 +25,14 @@ _ROWS, _COLUMNS = (1, 16, 32), (1, 2, 4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelLayout:
-    """A stack of matrices [..., N, K] kept as [..., N / rows, K / columns, rows, columns]."""
+    """A stack of matrices [..., N, K] kept as [..., N / rows, K / columns, rows, columns].
 
-    rows: int
-    columns: int
+    ``swapped``: its halves of N, experts' gate and up, have changed places before.
+    """
+
+    rows: int = 1
+    columns: int = 1
+    swapped: bool = False
 
     def pieces(self, packed: Tensor, box: Ranges) -> Iterator[tuple[Ranges, Tensor]]:
         """The elements of ``box``, which is in the coordinates of the matrices as they were before packing.
@@ -41,9 +45,21 @@ class KernelLayout:
         blocked = packed.view(*stack, num_rows // rows, num_columns // columns, rows, columns)
         unpacked = blocked.transpose(-2, -3)  # [..., N / rows, rows, K / columns, columns]
         outer = slices_of(box[:-2])
-        for row_part, column_part in itertools.product(_cuts(*box[-2], rows), _cuts(*box[-1], columns)):
-            slices = (*outer, *_within(row_part, rows), *_within(column_part, columns))
-            yield (*box[:-2], row_part, column_part), unpacked[slices]
+        for part, shift in self._moved(*box[-2], num_rows // 2):
+            there = (part[0] + shift, part[1] + shift)
+            for row_part, column_part in itertools.product(_cuts(*there, rows), _cuts(*box[-1], columns)):
+                slices = (*outer, *_within(row_part, rows), *_within(column_part, columns))
+                low, high = row_part
+                yield (*box[:-2], (low - shift, high - shift), column_part), unpacked[slices]
+
+    def _moved(self, start: int, stop: int, half: int) -> Iterator[tuple[tuple[int, int], int]]:
+        """Parts of a range of rows, and by how much each is moved."""
+        if not self.swapped:
+            yield (start, stop), 0
+            return
+        for low, high, shift in ((start, min(stop, half), half), (max(start, half), stop, -half)):
+            if low < high:
+                yield (low, high), shift
 
 
 def slices_of(ranges: Ranges) -> tuple[slice, ...]:
@@ -87,7 +103,7 @@ def _within(part: tuple[int, int], block: int) -> tuple[slice, slice]:
 def find_layout(
     pack: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: torch.dtype
 ) -> KernelLayout | None:
-    """How ``pack`` orders the elements of a matrix [N, K]; None where it is no such order of blocks.
+    """How ``pack`` orders the elements of a matrix [N, K]; None where it is no such order.
 
     ``pack`` takes and returns a stack of one matrix, and must only move elements.
     """
@@ -101,15 +117,16 @@ def find_layout(
     packed = [pack(digit) for digit in digits]
     if any(each.shape != digits[0].shape for each in packed):
         return None
-    for rows, columns in itertools.product(_ROWS, _COLUMNS):
-        if num_rows % rows or num_columns % columns:
+    for swapped, rows, columns in itertools.product((False, True), _ROWS, _COLUMNS):
+        if num_rows % rows or num_columns % columns or (swapped and num_rows % (2 * rows)):
             continue
-        layout = KernelLayout(rows=rows, columns=columns)
+        layout = KernelLayout(rows=rows, columns=columns, swapped=swapped)
         whole = ((0, 1), (0, num_rows), (0, num_columns))
         if all(
-            torch.equal(view.reshape(1, num_rows, num_columns), digit)
+            torch.equal(view.reshape(given.shape), given)
             for digit, each in zip(digits, packed, strict=True)
-            for _, view in layout.pieces(each, whole)
+            for part, view in layout.pieces(each, whole)
+            for given in (digit[slices_of(part)],)
         ):
             return layout
     return None

@@ -65,6 +65,7 @@ class OwnProcessEngine(InPlaceEngine):
         seed: int,
         kv_cache_bytes: int,
         expert_parallel: bool = False,
+        moe_backend: vllm_build.MoeBackend = "triton",
     ) -> "OwnProcessEngine":
         """Start this rank's process and build its share of the engine in it. Collective over WORLD.
 
@@ -80,7 +81,7 @@ class OwnProcessEngine(InPlaceEngine):
             "arguments": {
                 "model_dir": str(model_dir), "spec": str(spec), "max_model_len": max_model_len,
                 "max_num_seqs": max_num_seqs, "dtype": dtype, "seed": seed, "kv_cache_bytes": kv_cache_bytes,
-                "expert_parallel": expert_parallel,
+                "expert_parallel": expert_parallel, "moe_backend": moe_backend,
             },
         }  # fmt: skip
         shared, _ = _asked(process, channel, order)

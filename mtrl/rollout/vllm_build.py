@@ -4,9 +4,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 
 from mtrl.models.config import read_hf_config
@@ -15,6 +14,8 @@ from mtrl.parallel.device import current_device
 from mtrl.parallel.errors import LayoutError, ModelError, RolloutError
 from mtrl.parallel.spec import RolloutSpec
 from mtrl.rollout.fp8_weights import check_sliced, quantization_config
+
+MoeBackend = Literal["triton", "flashinfer_cutlass"]
 
 _MAX_PREFILL_TOKENS = 8192  # of all prompts in one forward pass, on CPU
 
@@ -53,28 +54,6 @@ def check_fp8(model_dir: Path, spec: RolloutSpec, *, expert_parallel: bool) -> N
     check_sliced(load_model_config(model_dir), spec, expert_parallel=expert_parallel)
 
 
-def check_fp8_kernels(model: torch.nn.Module) -> None:
-    """Check that vLLM took the kernels it was told to: others reorder weights or scales once they are loaded,
-    and a push would write in the wrong order.
-
-    Raises:
-        RolloutError: with the layer and its kernel.
-    """
-    for name, layer in model.named_modules():
-        method: Any = getattr(layer, "quant_method", None)
-        if type(method).__name__ == "Fp8LinearMethod":
-            kernel, wanted = type(method.fp8_linear).__name__, "TritonFp8BlockScaledMMKernel"
-        elif type(method).__name__ == "Fp8MoEMethod":
-            kernel, wanted = str(method.fp8_backend), "Fp8MoeBackend.TRITON"
-        else:
-            continue
-        if kernel != wanted:
-            raise RolloutError(
-                f"vLLM computes {name} in FP8 with {kernel}; a push knows the layout of {wanted} alone, so "
-                "write rollout.dtype=bf16"
-            )
-
-
 def compute_dtype(dtype: str) -> str:
     """What vLLM computes in: FP8 weights are multiplied by bfloat16 activations, quantised as they come."""
     return "bfloat16" if dtype == "fp8" else dtype
@@ -97,11 +76,13 @@ def overrides(model_dir: Path, *, fp8: bool = False) -> dict[str, Any]:
     return found
 
 
-def device_arguments(*, max_model_len: int, max_num_seqs: int, fp8: bool) -> dict[str, Any]:
+def device_arguments(
+    *, max_model_len: int, max_num_seqs: int, fp8: bool, moe_backend: MoeBackend
+) -> dict[str, Any]:
     """What vLLM is told of the kind of device."""
     if current_device().kind == "cuda":
-        # The kernels on CUDA that compute on weights in the layout they are loaded in.
-        return {"moe_backend": "triton", "linear_backend": "triton" if fp8 else "auto"}
+        # Kernels that compute on weights in the layout they are loaded in, or in one that a push knows.
+        return {"moe_backend": moe_backend, "linear_backend": "triton" if fp8 else "auto"}
     # A prompt that is prefilled in parts makes vLLM rewind its request's generator, which torch's CPU
     # generators cannot (v1/worker/gpu_model_runner.py, `set_offset`): prefill whole prompts.
     most = min(max(max_model_len, _MAX_PREFILL_TOKENS), max_num_seqs * max_model_len)

@@ -20,7 +20,7 @@ from torch import Tensor
 from mtrl.batch import Completion, Prompt
 from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec
-from mtrl.rollout import vllm_build, vllm_mends, vllm_process, vllm_short_paths
+from mtrl.rollout import vllm_build, vllm_layouts, vllm_mends, vllm_process, vllm_short_paths
 from mtrl.rollout.in_place import InPlaceEngine
 from mtrl.rollout.kernel_layout import KernelLayout, PackBlocks
 from mtrl.rollout.loader_record import LoaderRecord
@@ -52,7 +52,8 @@ class VllmEngine(InPlaceEngine):
         self._derived = vllm_mends.derived_weights(self._model)
         self._worker.weight_transfer_engine.derive = self._derive
         if dtype == "fp8":
-            vllm_build.check_fp8_kernels(self._model)
+            vllm_layouts.check_fp8_kernels(self._model)
+        vllm_layouts.note_expert_layouts(self._model)
         self._loader = WeightLoader(self._model, getattr(torch, vllm_build.compute_dtype(dtype)), self._group)
         super().__init__(spec=spec, places=self._loader.places, has_fp8_weights=dtype == "fp8")
 
@@ -69,6 +70,7 @@ class VllmEngine(InPlaceEngine):
         kv_cache_bytes: int,
         expert_parallel: bool = False,
         sleeps: bool = False,
+        moe_backend: vllm_build.MoeBackend = "triton",
     ) -> "VllmEngine":
         """Build this rank's share of the engine, with random weights. Collective over WORLD, which exists.
 
@@ -76,8 +78,8 @@ class VllmEngine(InPlaceEngine):
         are not read. ``max_model_len`` counts prompt and completion, in tokens; ``max_num_seqs`` are sampled
         together; ``kv_cache_bytes`` is allocated on each rank at once. ``expert_parallel`` spreads whole
         experts over the replica's ranks, else each expert is sliced. ``sleeps`` lets `sleep` give memory
-        back, on a GPU. LayoutError if the spec does not fit
-        the world, ModelError without a usable config, RolloutError if vLLM refuses.
+        back, on a GPU; ``moe_backend`` are experts' kernels there. LayoutError if the spec does not fit the
+        world, ModelError without a usable config, RolloutError if vLLM refuses.
         """
         vllm_build.check_spec(model_dir, spec)
         if is_fp8 := dtype == "fp8":
@@ -93,7 +95,7 @@ class VllmEngine(InPlaceEngine):
             hf_overrides=vllm_build.overrides(model_dir, fp8=is_fp8),
         )  # fmt: skip
         arguments |= vllm_build.device_arguments(
-            max_model_len=max_model_len, max_num_seqs=max_num_seqs, fp8=is_fp8
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs, fp8=is_fp8, moe_backend=moe_backend
         )
         with vllm_process.as_guest(), vllm_build.without_garbage_collection():
             vllm_process.prepare_environment()

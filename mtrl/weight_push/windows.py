@@ -6,6 +6,7 @@ record of their loaders where which element goes; so a push has no buckets, and 
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ def open_windows(
             "pid": os.getpid(),
             "weights": [weights, descriptors],
             "staging": [staged, files],
-            "layouts": {name: [each.rows, each.columns] for name, each in engine.layouts.items()},
+            "layouts": {name: asdict(each) for name, each in engine.layouts.items()},
             "record": record.only(names).to_json(),
         }
     except Exception as caught:  # told to all ranks at once
@@ -70,7 +71,7 @@ def open_windows(
 
 
 def _window(said: Mapping[str, Any]) -> EngineViews:
-    layouts = {name: KernelLayout(rows=r, columns=c) for name, (r, c) in said["layouts"].items()}
+    layouts = {name: KernelLayout(**each) for name, each in said["layouts"].items()}
     (weights, files), (staged, staged_files) = said["weights"], said["staging"]
     return EngineViews(
         needs=Needs.of(LoaderRecord.from_json(said["record"])),

@@ -26,7 +26,7 @@ from mtrl.models.transfers import Boxes
 from mtrl.parallel.agreement import gather_json
 from mtrl.parallel.errors import RolloutError
 from mtrl.parallel.spec import RolloutSpec, parse_rollout_spec, parse_training_spec
-from mtrl.rollout import fp8_weights, vllm_build
+from mtrl.rollout import fp8_weights, vllm_layouts
 from mtrl.rollout.in_place import InPlaceEngine
 from mtrl.rollout.loader_record import LoaderRecord, record_loader
 from mtrl.rollout.weight_loading import WeightLoader
@@ -108,7 +108,7 @@ def _refusals_of_kernels(path: Path) -> list[str]:
 
     engines = Engines(spec=RolloutSpec(backend="vllm"))
     ((model, _),) = shard_records.shard_models(path, engines, [0], "fp8")
-    vllm_build.check_fp8_kernels(model)
+    vllm_layouts.check_fp8_kernels(model)
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     said = []
     for kind, field, other in (
@@ -119,7 +119,7 @@ def _refusals_of_kernels(path: Path) -> list[str]:
         real = getattr(last, field)
         setattr(last, field, other)
         try:
-            vllm_build.check_fp8_kernels(model)
+            vllm_layouts.check_fp8_kernels(model)
         except RolloutError as error:
             said.append(str(error))
         setattr(last, field, real)

@@ -29,6 +29,7 @@ data: {train: train.jsonl}
 """
 TE = "model.backend=transformer_engine"
 DEEPEP = "actor.moe.dispatcher=deepep"
+CUTLASS = "rollout.moe_backend=flashinfer_cutlass"
 OVERLAP = "actor.moe.overlap_expert_communication=true"
 SHARED = "actor.moe.shared_expert_overlap=true"
 BUFFERS = "actor.tp_comm_overlap=true"
@@ -138,6 +139,14 @@ RULES: dict[str, tuple[list[str], str]] = {
     ),
     "offloading without an engine": (["actor.offload=all"], "sft, which has no engine to make room for"),
     "sleep without an engine": (["rollout.sleep=true"], "rollout.sleep: true with sft"),
+    "experts' kernels without an engine": (
+        [CUTLASS],
+        "given flashinfer_cutlass with sft, which has no engine",
+    ),
+    "other kernels of FP8 experts": (
+        [CUTLASS, "algorithm.name=grpo", "rollout.backend=vllm:d2", "rollout.dtype=fp8"],
+        "given flashinfer_cutlass with rollout.dtype fp8",
+    ),
     "user buffers in plain torch": (
         [BUFFERS],
         "actor.tp_comm_overlap: true, but with torch_native, which has no such buffers",
@@ -342,6 +351,28 @@ def test_options_are_these_fields_of_megatrons(
 
 
 GRPO = ["algorithm.name=grpo", "rollout.backend=vllm:d2"]
+
+
+def test_experts_kernels_of_gpus_are_refused_elsewhere(tmp_path: Path, model: ModelConfig) -> None:
+    given = config(tmp_path, *GRPO, CUTLASS)
+    obstacle = this_machine().obstacle("flashinfer_experts")
+    if not obstacle:
+        check_acceleration(given, actor_spec(given), model)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_acceleration(given, actor_spec(given), model)
+    assert f"rollout.moe_backend: flashinfer_cutlass, which cannot be had here: {obstacle}" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("toy", "reason"), [("qwen3", "for a dense model"), ("gpt oss", "for experts with biases")]
+)
+def test_kernels_of_other_experts_are_refused(tmp_path: Path, toy: str, reason: str) -> None:
+    given = config(tmp_path, "actor.backend=megatron:d2", *GRPO, CUTLASS)
+    with pytest.raises(ConfigError, match=f"given flashinfer_cutlass {reason}"):
+        check_acceleration(given, actor_spec(given), config_of(toy), able)
 
 
 def test_an_engine_that_sleeps_is_refused_where_vllm_has_none(tmp_path: Path, model: ModelConfig) -> None:

@@ -10,7 +10,12 @@ from mtrl.rollout.kernel_layout import KernelLayout, find_layout, in_dims_of
 
 pytestmark = pytest.mark.one_stack
 
-LAYOUTS = [KernelLayout(rows=rows, columns=columns) for rows in (1, 16, 32) for columns in (1, 2, 4)]
+LAYOUTS = [
+    KernelLayout(rows=rows, columns=columns, swapped=swapped)
+    for swapped in (False, True)
+    for rows in (1, 16, 32)
+    for columns in (1, 2, 4)
+]
 
 
 def pack(layout: KernelLayout, matrices: Tensor) -> Tensor:
@@ -18,6 +23,8 @@ def pack(layout: KernelLayout, matrices: Tensor) -> Tensor:
     packed = torch.empty_like(matrices)
     stack, num_rows, num_columns = matrices.shape
     flat = packed.view(stack, -1)
+    if layout.swapped:
+        matrices = matrices[:, [*range(num_rows // 2, num_rows), *range(num_rows // 2)]]
     for row, column in itertools.product(range(num_rows), range(num_columns)):
         block = (row // layout.rows) * (num_columns // layout.columns) + column // layout.columns
         within = (row % layout.rows) * layout.columns + column % layout.columns
@@ -30,7 +37,7 @@ def pack(layout: KernelLayout, matrices: Tensor) -> Tensor:
 def test_an_order_of_blocks_is_found(layout: KernelLayout, dtype: torch.dtype) -> None:
     found = find_layout(lambda matrix: pack(layout, matrix), (64, 24), dtype)
     # Blocks of one row are no blocks: rows stay rows.
-    assert found == (layout if layout.rows > 1 else KernelLayout(rows=1, columns=1))
+    assert found == (layout if layout.rows > 1 else KernelLayout(swapped=layout.swapped))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
