@@ -86,10 +86,7 @@ CASES = {
         Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:d2"),
         Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:t2", expert_parallel=True, temperature=0.7),
         Case(actor="megatron:t2", rollout="vllm:d2", tied=True),
-        Case(actor="megatron:(attn:t2|ffn:e2)", rollout="vllm:t2"),
-        Case(actor="megatron:p2", rollout="vllm:d2", tied=True),
         Case(actor="megatron:p2", rollout="vllm:t2", num_chunks=2, transport="collective"),
-        Case(actor="megatron:d2", rollout="vllm:t2", kind="dense", tied=True),
         Case(actor="megatron:(attn:d2|ffn:e2)", rollout="vllm:d2", process="own"),
     ),
     4: (
@@ -97,6 +94,13 @@ CASES = {
         Case(actor="megatron:(attn:p2t2|ffn:p2e2)", rollout="vllm:d4", nodes=(0, 0, 1, 1)),
     ),
 }
+
+MORE_CASES = (
+    Case(actor="megatron:(attn:t2|ffn:e2)", rollout="vllm:t2"),
+    Case(actor="megatron:p2", rollout="vllm:d2", tied=True),
+    Case(actor="megatron:d2", rollout="vllm:t2", kind="dense", tied=True),
+)
+"""Of two ranks, in the matrix alone."""
 
 
 def _matrix() -> dict[int, tuple[Case, ...]]:
@@ -124,7 +128,8 @@ def _matrix() -> dict[int, tuple[Case, ...]]:
                 case = Case(actor=actor, rollout=rollout, toy=toy, expert_parallel=expert_parallel)
                 if case not in found[size]:
                     found[size].append(case)
-    return {size: (*CASES.get(size, ()), *cases) for size, cases in found.items()}
+    more = {2: MORE_CASES}
+    return {size: (*CASES.get(size, ()), *more.get(size, ()), *cases) for size, cases in found.items()}
 
 
 MATRIX = _matrix()
